@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 from invoke import Collection, Context, Exit, task
 
 from vm import build, config, console, guest, log, qemu, suite
+from vm import run as run_
 
 TREE = {
     "source": "a NetBSD source tree (else PYKQ_SOURCE or the configuration file)",
@@ -39,7 +41,8 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
             raise Exit(code=130) from None
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            log.report(log.Failure(f"{where}{error.strerror or error}"))
+            hint = run_.FULL_DISK if error.errno == errno.ENOSPC else ""
+            log.report(log.Failure(f"{where}{error.strerror or error}", hint=hint))
             raise Exit(code=1) from None
 
     return run

@@ -268,7 +268,7 @@ def _add_member(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, root: 
 
 def _inside(name: str, archive: Path) -> str:
     """Return a member's name relative to the root; raise Failure when it leads elsewhere."""
-    parts = [part for part in PurePosixPath(name).parts if part not in ("/", ".")]
+    parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise Failure(f"{archive}: the member {name} leads out of the archive", hint="do not use this file")
     return "/".join(parts) or "."

@@ -213,6 +213,8 @@ def up(
                 )
             say(f"guest {name} is up already, ssh on port {running.ssh_port}")
             return running
+        if ssh_port and not _is_free(ssh_port):
+            raise Failure(f"port {ssh_port} is in use", hint="without --port a free one is found")
         boot = "pvh" if manifest.get("pvh") else "disk"
         image = build_image(builder, None if boot == "pvh" else kernel)
         for accelerator in _accelerators(settings):
@@ -370,6 +372,17 @@ def _remember(settings: Settings, accelerator: str) -> None:
 def _host_boot() -> str:
     """Return a value that changes with every boot of the host."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _is_free(port: int) -> bool:
+    """Tell whether a TCP port of 127.0.0.1 can be had."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            return False
+    return True
 
 
 def _free_port() -> int:

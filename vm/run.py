@@ -29,6 +29,9 @@ PACKAGES = {
     "zlib.h": "zlib1g-dev",
 }
 
+FULL_DISK = "make room, or name another cache folder in PYKQ_CACHE"
+_FULL_BYTES = 16 << 20
+
 
 def need(*programs: str) -> None:
     """Check that programs are on the PATH; raise Failure that names the packages that bring the missing."""
@@ -77,10 +80,10 @@ def run(
         finally:
             _end(process)
     if status != 0:
-        name = Path(command[0]).name
-        raise BuildFailed(
-            f"{name} failed with status {status}", hint=f"the whole output is in {log}", tail=tail(log)
-        )
+        what = f"{Path(command[0]).name} failed with status {status}"
+        if shutil.disk_usage(log.parent).free < _FULL_BYTES:
+            raise BuildFailed(f"{what}: the disk of {log.parent} is full", hint=FULL_DISK)
+        raise BuildFailed(what, hint=f"the whole output is in {log}", tail=tail(log))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -17,6 +17,9 @@ from .log import Failure
 
 KERN_EVENT = "sys/kern/kern_event.c"
 
+# What makes a folder a source tree: the sets syssrc, src and sharesrc each bring some of it.
+_NEEDED = ("build.sh", "common", KERN_EVENT, "share/mk/bsd.own.mk", "sys/sys/param.h", "tools")
+
 # What an overlay holds as files of its own.  A port changes sys; lib/librump*
 # reaches sys by relative paths.  Everything else is a symbolic link.
 _OWN = ("sys", "lib")
@@ -32,7 +35,7 @@ class Source:
     top: Path
     version: str  # "10.99.12"
     number: int  # __NetBSD_Version__, 1099001200
-    revision: str  # of kern_event.c, "1.150"; "" where $NetBSD$ is not expanded
+    revision: str  # of kern_event.c, "1.150"; "" where the RCS id is not expanded
 
     @property
     def name(self) -> str:
@@ -59,8 +62,7 @@ def identify(top: Path) -> Source:
     """Say which NetBSD a folder holds the source of; raise Failure when it is none."""
     if not top.is_dir():
         raise Failure(f"{top}: no such folder", hint="--source names the folder that holds build.sh and sys")
-    needed = ("build.sh", "sys/sys/param.h", "sys/sys/event.h", KERN_EVENT, "share/mk/bsd.own.mk", "tools")
-    for name in needed:
+    for name in _NEEDED:
         if not (top / name).exists():
             raise Failure(
                 f"{top} is not a NetBSD source tree: it has no {name}",
@@ -71,7 +73,7 @@ def identify(top: Path) -> Source:
     if match is None:
         raise Failure(f"{top}/sys/sys/param.h defines no __NetBSD_Version__", hint="is the tree complete?")
     head = (top / KERN_EVENT).read_text(errors="replace")[:500]
-    revision = re.search(r"\$NetBSD: kern_event\.c,v (\S+) ", head)
+    revision = re.search(r"[$]NetBSD: kern_event\.c,v (\S+) ", head)
     return Source(top.resolve(), match[2], int(match[1]), revision[1] if revision else "")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from rich.table import Table
 
@@ -23,10 +25,10 @@ def run(settings: Settings, *, kernels: bool, insist: bool, selection: str = "")
     results: dict[str, str] = {}
     failures: list[Failure] = []
 
-    def record(name: str, body: object) -> None:
+    def record(name: str, body: Callable[[], None]) -> None:
         began = time.monotonic()
         try:
-            body()  # type: ignore[operator]
+            body()
         except TestsFailed as failure:
             failures.append(failure)
             results[name] = f"failed, {time.monotonic() - began:.1f} s"
@@ -34,7 +36,7 @@ def run(settings: Settings, *, kernels: bool, insist: bool, selection: str = "")
             results[name] = f"passed, {time.monotonic() - began:.1f} s"
 
     if not insist:
-        record("host", lambda: _host(selection))
+        record("host", functools.partial(_host, selection))
     if kernels:
         missing = _missing(settings)
         if missing and insist:
@@ -44,7 +46,8 @@ def run(settings: Settings, *, kernels: bool, insist: bool, selection: str = "")
         else:
             build_kernels(settings)
             for variant in VARIANTS:
-                record(f"guest, {variant} kernel", lambda variant=variant: _guest(settings, variant, selection))
+                body = functools.partial(_guest, settings, variant, selection)
+                record(f"guest, {variant} kernel", body)
     table = Table("tests", "result", box=None)
     for name, result in results.items():
         table.add_row(name, result)
@@ -64,7 +67,8 @@ def _missing(settings: Settings) -> str:
 def _host(selection: str) -> None:
     """Run tests/host with this Python."""
     chosen = ["-k", selection] if selection else []
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/host", *chosen], cwd=guest.ROOT, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "tests/host", *chosen]
+    done = subprocess.run(command, cwd=guest.ROOT, check=False)
     if done.returncode != 0:
         raise TestsFailed(f"tests failed on the host (pytest status {done.returncode})")
 
