@@ -13,6 +13,7 @@ from invoke import Collection, Context, Exit, task
 
 from vm import build, config, console, guest, log, qemu, suite
 from vm import run as run_
+from vm.doctor import examine
 
 TREE = {
     "source": "a NetBSD source tree (else PYKQ_SOURCE or the configuration file)",
@@ -86,6 +87,14 @@ def test(
         source=source, sets=sets, python=python, toolchain=toolchain, kernel_config=config
     )
     suite.run(settings, kernels=not host, insist=guest, selection=select)
+
+
+@task(help={"install": "install what is missing (apt-get, sudo when not root)", "json": "print it as JSON"})
+@command
+def doctor(c: Context, install: bool = False, json: bool = False) -> None:
+    """Say what is here, what is missing, and the one command that installs it."""
+    if not examine(_settings(), install=install, as_json=json) and not install:
+        raise Exit(code=1)
 
 
 @task(help=GUEST | NAMED)
@@ -175,5 +184,5 @@ def _settings(**chosen: str) -> config.Settings:
     return config.load(**chosen)
 
 
-namespace = Collection(build_kernel, test, demo)
+namespace = Collection(build_kernel, test, demo, doctor)
 namespace.add_collection(Collection("vm", up, ssh, console_, status, down))
