@@ -282,7 +282,9 @@ def _take_destdir(metalog: Path, root: _Root) -> None:
         kind = re.search(r"\btype=(\w+)", keywords)
         if kind is None or name == ".":
             continue
-        root.spec[name] = " ".join(word for word in keywords.split() if not word.startswith("tags="))
+        words = [word for word in keywords.split() if not word.startswith("tags=")]
+        owned = any(word.startswith(("uname=", "uid=")) for word in words)
+        root.spec[name] = " ".join(words if owned else [*words, "uid=0", "gid=0"])
         path = root.folder / name
         if kind[1] == "dir":
             path.mkdir(parents=True, exist_ok=True)
@@ -303,7 +305,7 @@ def _add_devices(root: _Root) -> None:
     )
     for line in done.stdout.splitlines():
         name, _, keywords = line.partition(" ")
-        if "type=" in keywords:
+        if "type=" in keywords and name != ".":
             root.spec[f"dev/{_inside(name, makedev)}"] = keywords
     if "dev/console" not in root.spec:
         raise Failure(f"MAKEDEV -s listed no devices: {done.stderr.strip()[:200]}", hint="see makedev(8)")

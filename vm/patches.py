@@ -42,7 +42,7 @@ class Fit:
 
 
 class NoFit(Exception):
-    """A port does not apply; the argument is patch's own account of it."""
+    """A port does not apply; the argument has the hunks that do not."""
 
 
 def ports() -> list[Port]:
@@ -63,7 +63,7 @@ def fit(source: Source) -> Fit:
     to the nearest port, when none fits.
     """
     need("patch")
-    rejects: list[tuple[int, Port, str]] = []
+    rejects: list[tuple[Port, str]] = []
     for port in ports():
         try:
             texts = {name: (source.top / name).read_bytes() for name in port.files}
@@ -73,13 +73,13 @@ def fit(source: Source) -> Fit:
             try:
                 return Fit(port, texts, _apply(port, texts, reverse=True), already=True)
             except NoFit as error:
-                rejects.append((len(str(error)), port, str(error)))
+                rejects.append((port, str(error)))
                 continue
         try:
             return Fit(port, _apply(port, texts), texts, already=False)
         except NoFit as error:
-            rejects.append((len(str(error)), port, str(error)))
-    _, nearest, account = min(rejects, key=lambda reject: reject[0])
+            rejects.append((port, str(error)))
+    nearest, account = min(rejects, key=lambda reject: reject[1].count("\n@@ "))
     raise Failure(
         f"no port fits {source} in {source.top}; the nearest is {nearest.name}",
         hint="patches/README.md says how to make a port",
@@ -94,10 +94,13 @@ def _apply(port: Port, texts: dict[str, bytes], *, reverse: bool = False) -> dic
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(text)
-        command = ["patch", "-p1", "-F0", "-u", "-f", "--no-backup-if-mismatch", "-r", "-"]
+        command = ["patch", "-p1", "-F0", "-u", "-f", "--no-backup-if-mismatch"]
+        command += ["-r", "rejects"]
         command += ["-i", str(port.path)]
         command += ["-R"] if reverse else []
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
         if done.returncode != 0:
-            raise NoFit(f"{port.name}:\n{done.stdout}{done.stderr}")
+            rejects = Path(folder, "rejects")
+            hunks = rejects.read_text(errors="replace") if rejects.exists() else done.stderr
+            raise NoFit(f"{port.name} does not apply here:\n{hunks}")
         return {name: Path(folder, name).read_bytes() for name in texts}

@@ -168,7 +168,7 @@ def command_line(
     line += ["-serial", "chardev:console"]
     line += ["-qmp", f"unix:{_value(machine.qmp)},server=on,wait=off"]
     line += ["-drive", f"if=none,id=root,format=raw,snapshot=on,file={_value(disk)}"]
-    line += ["-device", "virtio-blk-pci,drive=root,bootindex=0"]
+    line += ["-device", "virtio-blk-pci,drive=root"]
     line += ["-netdev", f"user,id=net,restrict=on,ipv6=off,{forward}"]
     line += ["-device", "virtio-net-pci,netdev=net,romfile="]
     line += ["-device", "virtio-rng-pci"]

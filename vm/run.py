@@ -6,11 +6,12 @@ import os
 import shutil
 import signal
 import subprocess
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .log import BuildFailed, Failure, tail
+from .log import BuildFailed, Failure
 
 # Debian's package for each program that vm/ runs.
 PACKAGES = {
@@ -31,6 +32,7 @@ PACKAGES = {
 
 FULL_DISK = "make room, or name another cache folder in PYKQ_CACHE"
 _FULL_BYTES = 16 << 20
+_TAIL_LINES = 15
 
 
 def need(*programs: str) -> None:
@@ -58,6 +60,7 @@ def run(
     environment.  Raises BuildFailed with the last lines of output.
     """
     command = [str(word) for word in argv]
+    recent: deque[str] = deque(maxlen=_TAIL_LINES)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         out.write(f"\n$ {subprocess.list2cmdline(command)}\n".encode())
@@ -73,9 +76,11 @@ def run(
         )
         try:
             assert process.stdout is not None
-            for line in process.stdout:
-                out.write(line)
-                on_line(line.decode(errors="replace").rstrip())
+            for raw in process.stdout:
+                out.write(raw)
+                line = raw.decode(errors="replace").rstrip()
+                recent.append(line)
+                on_line(line)
             status = process.wait()
         finally:
             _end(process)
@@ -83,7 +88,7 @@ def run(
         what = f"{Path(command[0]).name} failed with status {status}"
         if shutil.disk_usage(log.parent).free < _FULL_BYTES:
             raise BuildFailed(f"{what}: the disk of {log.parent} is full", hint=FULL_DISK)
-        raise BuildFailed(what, hint=f"the whole output is in {log}", tail=tail(log))
+        raise BuildFailed(what, hint=f"the whole output is in {log}", tail="\n".join(recent))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
