@@ -11,7 +11,7 @@ from typing import Any
 
 from invoke import Collection, Context, Exit, task
 
-from vm import build, config, console, guest, log, qemu, suite
+from vm import build, config, console, guest, log, qemu, rump, suite
 from vm import run as run_
 from vm.doctor import examine
 
@@ -62,6 +62,13 @@ def build_kernel(
         build.build_kernels(settings)
 
 
+@task(help=TREE | {"sanitize": "with AddressSanitizer and UndefinedBehaviorSanitizer"})
+@command
+def build_rump(c: Context, source: str = "", toolchain: str = "", sanitize: bool = False) -> None:
+    """Build the same kernel code, stock and patched, as libraries for this host."""
+    rump.build_rump(_settings(source=source, toolchain=toolchain), sanitize=sanitize)
+
+
 @task(
     help=GUEST
     | {
@@ -82,7 +89,7 @@ def test(
     host: bool = False,
     select: str = "",
 ) -> None:
-    """Run the host tests, then the integration tests in the guests."""
+    """Run the tests on the host, on the rump kernels and in the guests."""
     settings = _settings(
         source=source, sets=sets, python=python, toolchain=toolchain, kernel_config=config
     )
@@ -184,5 +191,5 @@ def _settings(**chosen: str) -> config.Settings:
     return config.load(**chosen)
 
 
-namespace = Collection(build_kernel, test, demo, doctor)
+namespace = Collection(build_kernel, build_rump, test, demo, doctor)
 namespace.add_collection(Collection("vm", up, ssh, console_, status, down))

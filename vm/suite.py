@@ -1,12 +1,14 @@
-"""All the tests there are: on this host, and in the guests."""
+"""All the tests there are: on this host, on the rump kernels, in the guests."""
 
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.table import Table
 
@@ -14,6 +16,13 @@ from . import guest, qemu
 from .build import VARIANTS, build_kernels
 from .config import Settings
 from .log import Failure, TestsFailed, console, say, step
+from .rump import build_rump, rump_folder
+from .run import need
+
+# A test that waits for ever is a finding: this ends it, with a traceback.
+_RUMP_WITHIN_S = 600
+
+_NO_TESTS = 5  # pytest's exit status when a selection leaves nothing
 
 
 def run(settings: Settings, *, kernels: bool, insist: bool, selection: str = "") -> None:
@@ -29,25 +38,30 @@ def run(settings: Settings, *, kernels: bool, insist: bool, selection: str = "")
         began = time.monotonic()
         try:
             body()
-        except TestsFailed as failure:
+        except Failure as failure:
             failures.append(failure)
-            results[name] = f"failed, {time.monotonic() - began:.1f} s"
+            results[name] = f"failed: {failure}"
         else:
             results[name] = f"passed, {time.monotonic() - began:.1f} s"
 
-    if not insist:
-        record("host", functools.partial(_host, selection))
-    if kernels:
-        missing = _missing(settings)
-        if missing and insist:
-            raise Failure("there is no guest to test in", hint=missing)
+    missing = _missing_guest(settings)
+    if kernels and insist and missing:
+        raise Failure("there is no guest to test in", hint=missing)
+    record("host", functools.partial(_host, selection))
+    if not kernels:
+        results["kernels"] = "left out: --host"
+    elif settings.source is None:
+        results["kernels"] = f"left out: {missing}"
+    else:
+        build_rump(settings)
+        for variant in VARIANTS:
+            record(f"rump kernel, {variant}", functools.partial(_rump, settings, variant, selection))
         if missing:
             results["guests"] = f"left out: {missing}"
         else:
             build_kernels(settings)
             for variant in VARIANTS:
-                body = functools.partial(_guest, settings, variant, selection)
-                record(f"guest, {variant} kernel", body)
+                record(f"guest, {variant}", functools.partial(_guest, settings, variant, selection))
     table = Table("tests", "result", box=None)
     for name, result in results.items():
         table.add_row(name, result)
@@ -56,21 +70,28 @@ def run(settings: Settings, *, kernels: bool, insist: bool, selection: str = "")
         raise failures[0]
 
 
-def _missing(settings: Settings) -> str:
+def _missing_guest(settings: Settings) -> str:
     """Return what a guest lacks and how to get it, '' when it has everything."""
-    for value, option in ((settings.source, "source"), (settings.sets, "sets"), (settings.python, "python")):
-        if value is None:
-            return f"name --{option}, PYKQ_{option.upper()} or {option} in the configuration file"
+    for name in ("source", "sets", "python"):
+        if getattr(settings, name) is None:
+            return f"name --{name}, PYKQ_{name.upper()} or {name} in the configuration file"
+    try:
+        need(qemu.QEMU)
+    except Failure as failure:
+        return f"{failure}: {failure.hint}"
     return ""
 
 
 def _host(selection: str) -> None:
     """Run tests/host with this Python."""
-    chosen = ["-k", selection] if selection else []
-    command = [sys.executable, "-m", "pytest", "-q", "tests/host", *chosen]
-    done = subprocess.run(command, cwd=guest.ROOT, check=False)
-    if done.returncode != 0:
-        raise TestsFailed(f"tests failed on the host (pytest status {done.returncode})")
+    _pytest("host", ["tests/host"], selection, {})
+
+
+def _rump(settings: Settings, variant: str, selection: str) -> None:
+    """Run tests/rules on a rump kernel, in a child process: a crash takes that down, and not this one."""
+    environment = {"PYKQ_KERNEL": str(rump_folder(settings, variant)), "PYKQ_EXPECT": variant}
+    say(f"tests on the {variant} rump kernel")
+    _pytest(f"{variant} rump kernel", ["tests/rules"], selection, environment, _RUMP_WITHIN_S)
 
 
 def _guest(settings: Settings, variant: str, selection: str) -> None:
@@ -81,5 +102,27 @@ def _guest(settings: Settings, variant: str, selection: str) -> None:
         with step(f"tests in the {variant} guest"):
             guest.run_tests(machine, settings.cache / "run" / name / "junit.xml", selection)
     finally:
-        if qemu.down(settings, name):
-            say(f"guest {name} is down")
+        qemu.down(settings, name)
+
+
+def _pytest(
+    where: str,
+    folders: list[str],
+    selection: str,
+    environment: Mapping[str, str],
+    within_s: float | None = None,
+) -> None:
+    """Run pytest in a process of its own; raise TestsFailed when a test fails or the process dies."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", *folders]
+    command += ["-k", selection] if selection else []
+    try:
+        done = subprocess.run(
+            command, cwd=guest.ROOT, env={**os.environ, **environment}, timeout=within_s, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TestsFailed(f"tests on the {where} did not end within {within_s:.0f} s") from error
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise TestsFailed(f"tests on the {where} died of {name}", hint="the traceback is above")
+    if done.returncode and not (selection and done.returncode == _NO_TESTS):
+        raise TestsFailed(f"tests on the {where} failed (pytest status {done.returncode})")

@@ -1,0 +1,59 @@
+"""``python -m pykq``: what the kernel offers to pykq, as text or JSON. Exit status 1: there is no kqueue."""
+
+import argparse
+import itertools
+import json
+import sys
+from typing import Any
+
+from pykq import KQUEUE_TICKLE, Kernel, KernelUnavailable, load_kernel
+
+
+def describe(kernel: Kernel) -> dict[str, Any]:
+    """What the kernel says of itself; asks it on a kqueue of its own."""
+    return {
+        "kernel": kernel.name,
+        "kevent": {"entry": kernel.abi.entry, "bytes": kernel.abi.kevent.size, "since": kernel.abi.since},
+        "tickle": kernel.has_tickle,
+        "filters": filters(kernel),
+    }
+
+
+def filters(kernel: Kernel) -> dict[str, int]:
+    """The kernel's filters, name to number."""
+    found = {}
+    for number in itertools.count():
+        try:
+            found[kernel.kfilter_byfilter(number)] = number
+        except FileNotFoundError:
+            break
+    return found
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pykq", description="Say what the kernel offers to pykq.")
+    parser.add_argument("--kernel", help="system, rump, rump:stock or a directory (default: $PYKQ_KERNEL)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(args)
+    try:
+        facts = describe(load_kernel(options.kernel))
+    except KernelUnavailable as error:
+        if options.json:
+            print(json.dumps({"kernel": None, "error": str(error)}))
+        else:
+            print(f"pykq: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(facts))
+        return 0
+    abi = facts["kevent"]
+    has_tickle = "yes" if facts["tickle"] else "no"
+    print(f"kernel         {facts['kernel']}")
+    print(f"kevent         {abi['entry']} of {abi['since']}, struct kevent of {abi['bytes']} bytes")
+    print(f"KQUEUE_TICKLE  {has_tickle} ({KQUEUE_TICKLE:#x})")
+    print(f"filters        {' '.join(facts['filters'])}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

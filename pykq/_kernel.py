@@ -1,0 +1,387 @@
+"""Kernels: the running system's, reached through libc, or a rump kernel loaded into this process.
+
+Nothing here runs at import: ``load_kernel`` loads a kernel on first use and remembers it.
+"""
+
+import contextlib
+import ctypes
+import errno
+import math
+import os
+import platform
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pykq._abi import (
+    ABIS,
+    KFILTER_BYFILTER,
+    KFILTER_BYNAME,
+    KFILTER_MAXNAME,
+    KQUEUE_TICKLE,
+    O_CLOEXEC,
+    POLL,
+    TIMESPEC,
+    KfilterMapping,
+)
+
+if TYPE_CHECKING:
+    from pykq._kqueue import Kqueue
+
+
+class KernelUnavailable(RuntimeError):
+    """There is no kqueue to be had: the text says why, and what to do."""
+
+
+class TickleNotSupported(OSError):
+    """The kernel has no KQUEUE_TICKLE (``errno`` is ``ENOTTY``); the text names the kernel."""
+
+
+# NetBSD's errno numbers (sys/errno.h): up to 34 all systems agree but for EDEADLK, and these follow, in
+# order.
+_ERRNO_NAMES = (
+    "EAGAIN EINPROGRESS EALREADY ENOTSOCK EDESTADDRREQ EMSGSIZE EPROTOTYPE ENOPROTOOPT EPROTONOSUPPORT "
+    "ESOCKTNOSUPPORT EOPNOTSUPP EPFNOSUPPORT EAFNOSUPPORT EADDRINUSE EADDRNOTAVAIL ENETDOWN ENETUNREACH "
+    "ENETRESET ECONNABORTED ECONNRESET ENOBUFS EISCONN ENOTCONN ESHUTDOWN ETOOMANYREFS ETIMEDOUT "
+    "ECONNREFUSED ELOOP ENAMETOOLONG EHOSTDOWN EHOSTUNREACH ENOTEMPTY EPROCLIM EUSERS EDQUOT ESTALE "
+    "EREMOTE EBADRPC ERPCMISMATCH EPROGUNAVAIL EPROGMISMATCH EPROCUNAVAIL ENOLCK ENOSYS EFTYPE EAUTH "
+    "ENEEDAUTH EIDRM ENOMSG EOVERFLOW EILSEQ ENOTSUP ECANCELED EBADMSG ENODATA ENOSR ENOSTR ETIME "
+    "ENOATTR EMULTIHOP ENOLINK EPROTO EOWNERDEAD ENOTRECOVERABLE"
+)
+_NETBSD_ERRNO = {11: "EDEADLK"} | dict(enumerate(_ERRNO_NAMES.split(), start=35))
+
+_ERESTART = -3  # sys/errno.h, inside the kernel only
+
+
+class Kernel:
+    """A NetBSD kernel and the calls that pykq makes to it; get one from ``load_kernel``.
+
+    Descriptors, in and out, are numbers that mean something to this kernel. Every call raises ``OSError``
+    with the host's errno and the call's name.
+
+    Attributes:
+        name: for people: system, release, where the kernel is.
+        abi: the layout of ``struct kevent`` in use.
+        plain_ioctl: ``plain_ioctl(fd, request)``, an ioctl without an argument, the fastest there is.
+        kevent: the bare call, ``kevent(fd, changes, nchanges, events, nevents, timespec)``: returns -1 on
+            failure, then ``error("kevent")`` says what it was. For ``Kqueue`` and for tests of the
+            kernel's own rules.
+    """
+
+    name: str
+    plain_ioctl: Callable[[int, int], object]
+
+    #: Whether its descriptors are the host's too, so that ``os`` and ``select`` can take them.
+    shares_descriptors = True
+
+    def __init__(self, library: ctypes.CDLL, prefix: str, kevent_prefix: str) -> None:
+        self._library = library
+        self._prefix = prefix
+        for abi in ABIS:
+            if hasattr(library, kevent_prefix + abi.entry):
+                break
+        else:
+            raise KernelUnavailable(
+                f"{library._name or 'libc'} has no kevent: no NetBSD kernel, or one before 6.0"
+            )
+        self.abi = abi
+        # No argtypes, here and below: conversions would double the time of a call (2.2 us for 1.1,
+        # CPython 3.11). So each argument that is no C int is given as bytes, as None or as an object of
+        # its ctypes type.
+        self.kevent: Callable[..., int] = getattr(library, kevent_prefix + abi.entry)
+        self._ioctl: Callable[..., int] = getattr(library, prefix + "ioctl")
+        #: The open kqueues by descriptor, for ``pykq.tickle`` and for fork.
+        self.kqueues: weakref.WeakValueDictionary[int, Kqueue] = weakref.WeakValueDictionary()
+        os.register_at_fork(after_in_child=self._forked)
+
+    def error(self, call: str) -> OSError:
+        """The exception for what failed last in this thread."""
+        number = ctypes.get_errno()
+        return OSError(number, f"{call}: {os.strerror(number)}")
+
+    def call(self, name: str, *args: Any) -> int:
+        """Make a system call, by name."""
+        function = getattr(self._library, self._prefix + name)
+        function.restype = ctypes.c_ssize_t if name in ("read", "write") else ctypes.c_int
+        result: int = function(*args)
+        if result == -1:
+            raise self.error(name)
+        return result
+
+    def kqueue(self) -> int:
+        """Open a kqueue, close-on-exec."""
+        return self.call("kqueue1", O_CLOEXEC)
+
+    def ioctl(self, fd: int, request: int, argument: Any = None) -> None:
+        """An ioctl; ``argument`` is a ctypes pointer or None."""
+        if self._ioctl(fd, ctypes.c_ulong(request), argument) == -1:
+            raise self.error("ioctl")
+
+    def pipe(self) -> tuple[int, int]:
+        fds = (ctypes.c_int * 2)()
+        self.call("pipe2", fds, O_CLOEXEC)
+        return fds[0], fds[1]
+
+    def read(self, fd: int, size_bytes: int) -> bytes:
+        buffer = ctypes.create_string_buffer(size_bytes)
+        count = self.call("read", fd, buffer, ctypes.c_size_t(size_bytes))
+        return buffer.raw[:count]
+
+    def write(self, fd: int, data: bytes) -> int:
+        return self.call("write", fd, data, ctypes.c_size_t(len(data)))
+
+    def close(self, fd: int) -> None:
+        self.call("close", fd)
+
+    def kfilter_byfilter(self, number: int) -> str:
+        """The name of the filter with this number, as ``"EVFILT_READ"``; FileNotFoundError: there is none."""
+        name = ctypes.create_string_buffer(KFILTER_MAXNAME)
+        mapping = KfilterMapping(ctypes.addressof(name), len(name), number)
+        self._ioctl_on_kqueue(KFILTER_BYFILTER, ctypes.byref(mapping))
+        return name.value.decode()
+
+    def kfilter_byname(self, name: str) -> int:
+        """The number of the filter with this name; FileNotFoundError: there is none."""
+        text = ctypes.create_string_buffer(name.encode())
+        mapping = KfilterMapping(ctypes.addressof(text), len(text), 0)
+        self._ioctl_on_kqueue(KFILTER_BYNAME, ctypes.byref(mapping))
+        return int(mapping.filter)
+
+    @cached_property
+    def has_tickle(self) -> bool:
+        """Whether the kernel has KQUEUE_TICKLE: asked once."""
+        try:
+            self._ioctl_on_kqueue(KQUEUE_TICKLE)
+        except OSError as error:
+            if error.errno != errno.ENOTTY:
+                raise
+            return False
+        return True
+
+    def _ioctl_on_kqueue(self, request: int, argument: Any = None) -> None:
+        fd = self.kqueue()
+        try:
+            self.ioctl(fd, request, argument)
+        finally:
+            self.close(fd)
+
+    def _forked(self) -> None:
+        """In the child of a fork: NetBSD hands no kqueue down, and the number may become another file's."""
+        for kqueue in list(self.kqueues.values()):
+            kqueue._forget()
+        self.kqueues.clear()
+
+
+class RunningSystem(Kernel):
+    """The kernel this process runs on, through its libc."""
+
+    def __init__(self) -> None:
+        system = platform.system()
+        if system != "NetBSD":
+            lacks = "Linux has no kqueue" if system == "Linux" else f"pykq does not know {system}'s kqueue"
+            raise KernelUnavailable(
+                f"{lacks}: run NetBSD, or its kernel as a library: `invoke build-rump`, then PYKQ_KERNEL=rump"
+            )
+        super().__init__(ctypes.CDLL(None, use_errno=True), prefix="", kevent_prefix="__")
+        import fcntl  # here, because pykq can be imported where this cannot
+
+        self.name = f"{system} {platform.release()} {platform.machine()}, the running system"
+        self.plain_ioctl = fcntl.ioctl  # in a guest 1.9 us; ctypes takes 3.7 to 6.3
+
+
+class RumpKernel(Kernel):
+    """NetBSD's kernel code as libraries in this process: librumpuser, librump and what lies beside them.
+
+    What differs from a whole kernel. Descriptors are the rump kernel's own: ``Kqueue.fileno()`` refuses,
+    and only ``pipe``, ``read``, ``write`` and ``close`` of this object open, use and close them. A host
+    signal does not end a wait; Ctrl-C does, as told at ``_wait``. There is one rump kernel a process, and
+    the child of a fork has none. Two variables in the environment, read when it starts: ``RUMP_NCPU``, its
+    number of CPUs, and ``RUMP_VERBOSE=1``, to see on stderr what it prints.
+    """
+
+    shares_descriptors = False
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        libraries = {
+            path.name.split(".so")[0]: path for path in sorted(directory.glob("librump*.so*"), reverse=True)
+        }
+        try:
+            order = [libraries.pop("librumpuser"), libraries.pop("librump"), *libraries.values()]
+        except KeyError as error:
+            raise KernelUnavailable(
+                f"no {error.args[0]}.so in {directory}: `invoke build-rump` makes it"
+            ) from None
+        try:
+            # Global, because librump finds what it needs of the host in librumpuser that way.
+            _, library, *_ = [ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL, use_errno=True) for path in order]
+        except OSError as error:
+            raise KernelUnavailable(f"cannot load the rump kernel: {error}") from None
+        try:
+            start, version = library.rump_init, library.rump_pub_getversion
+        except AttributeError as error:
+            raise KernelUnavailable(f"{order[1]} is no rump kernel: {error}") from None
+        super().__init__(library, prefix="rump___sysimpl_", kevent_prefix="rump___sysimpl_")
+        with _console_off_stdout():
+            failed = start()
+        if failed:
+            raise KernelUnavailable(
+                f"the rump kernel in {directory} does not start: rump_init returned {failed}"
+            )
+        self.name = f"NetBSD {_release(version())}, a rump kernel in {directory}"
+        self.plain_ioctl = self.ioctl
+        self._kevent, self.kevent = self.kevent, self._wait
+        self._is_child = False
+        self._main_thread = threading.main_thread().ident
+
+    def kqueue(self) -> int:
+        """Open a kqueue, close-on-exec."""
+        if self._is_child:
+            raise KernelUnavailable("a rump kernel does not live on in the child of a fork: use spawn")
+        return super().kqueue()
+
+    def _forked(self) -> None:
+        super()._forked()
+        self._is_child = True  # its threads are gone, so every call might wait for ever
+
+    def error(self, call: str) -> OSError:
+        """What failed last in this thread, with NetBSD's errno turned into the host's by name."""
+        number = ctypes.get_errno()
+        if number == _ERESTART:
+            # A kqueue was closed under the wait. A whole kernel makes the call again by itself; here the
+            # caller does.
+            number = errno.EINTR
+        elif number in _NETBSD_ERRNO:
+            name = _NETBSD_ERRNO[number]
+            if name not in errno.errorcode.values():
+                return OSError(errno.EIO, f"{call}: {name}, which this host does not have")
+            number = getattr(errno, name)
+        return OSError(number, f"{call}: {os.strerror(number)}")
+
+    def _wait(
+        self, fd: int, changes: Any, nchanges: Any, events: Any, nevents: Any, timeout: bytes | None
+    ) -> int:
+        """``kevent``, which in the main thread Ctrl-C can end.
+
+        The rump kernel sleeps on a lock of the host's, and no signal ends that. So that Python can run
+        its handlers while the main thread waits, a helper thread makes the call; should a handler raise,
+        as Ctrl-C's does, a tickle brings the helper back. On a kernel without the tickle the main thread
+        sleeps a tenth of a second at a time. Other threads run no handlers and sleep in the kernel
+        themselves.
+        """
+        if threading.get_ident() != self._main_thread or timeout == POLL or not nevents.value:
+            return self._kevent(fd, changes, nchanges, events, nevents, timeout)
+        if not self.has_tickle:
+            return self._wait_in_slices(fd, changes, nchanges, events, nevents, timeout)
+        outcome = []
+
+        def call() -> None:
+            outcome.append(
+                (self._kevent(fd, changes, nchanges, events, nevents, timeout), ctypes.get_errno())
+            )
+
+        helper = threading.Thread(target=call, name="pykq wait", daemon=True)
+        try:
+            helper.start()
+            helper.join()
+        except BaseException:
+            if helper.is_alive():
+                self.plain_ioctl(fd, KQUEUE_TICKLE)
+                helper.join()
+            raise
+        result, number = outcome[0]
+        ctypes.set_errno(number)  # each thread has its own: hand the helper's on
+        return result
+
+    def _wait_in_slices(
+        self, fd: int, changes: Any, nchanges: Any, events: Any, nevents: Any, timeout: bytes | None
+    ) -> int:
+        seconds, nanoseconds = (math.inf, 0) if timeout is None else TIMESPEC.unpack(timeout)
+        deadline = time.monotonic() + seconds + nanoseconds / 1e9
+        while True:
+            slice_s = min(0.1, max(0.0, deadline - time.monotonic()))
+            result = self._kevent(
+                fd, changes, nchanges, events, nevents, TIMESPEC.pack(0, int(slice_s * 1e9))
+            )
+            if result or time.monotonic() >= deadline:
+                return result
+            changes, nchanges = None, ctypes.c_size_t(0)  # applied by the first call
+
+
+@contextlib.contextmanager
+def _console_off_stdout() -> Iterator[None]:
+    """Keep what the kernel prints while it starts out of the program's output: librumpuser uses stdout."""
+    libc = ctypes.CDLL(None)
+    libc.fflush(None)
+    stdout = os.dup(1)
+    with open("/dev/stderr" if os.environ.get("RUMP_VERBOSE") else os.devnull, "wb") as console:
+        os.dup2(console.fileno(), 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def _release(version: int) -> str:
+    """``__NetBSD_Version__`` as people write it: 1099001200 is 10.99.12, 1001000000 is 10.1 (sys/param.h)."""
+    major, minor, patch = version // 100_000_000, version // 1_000_000 % 100, version // 100 % 10_000
+    return f"{major}.{minor}.{patch}" if patch else f"{major}.{minor}"
+
+
+_loading = threading.Lock()
+_loaded: dict[str, Kernel] = {}  # a loaded library cannot be unloaded, so this is the state of the process
+
+
+def load_kernel(kernel: Kernel | str | os.PathLike[str] | None = None) -> Kernel:
+    """The kernel to use; loads it when it is asked for the first time.
+
+    ``kernel`` is one of these; None means what ``PYKQ_KERNEL`` in the environment says, or else the
+    running system.
+
+    * ``"system"``: the running system, which has to be NetBSD;
+    * ``"rump"``, ``"rump:stock"``: the newest patched or stock rump kernel in pykq's cache folder;
+    * a directory with ``librump.so`` and ``librumpuser.so``: that rump kernel;
+    * a ``Kernel``: itself.
+
+    Raises:
+        KernelUnavailable: it is not there, does not fit this machine, or is a second rump kernel in one
+            process.
+    """
+    if isinstance(kernel, Kernel):
+        return kernel
+    choice = os.fspath(kernel or os.environ.get("PYKQ_KERNEL") or "system")
+    with _loading:
+        if choice == "system":
+            if "system" not in _loaded:
+                _loaded["system"] = RunningSystem()
+            return _loaded["system"]
+        directory = _rump_directory(choice)
+        rump = _loaded.get("rump")
+        if rump is None:
+            rump = _loaded["rump"] = RumpKernel(directory)
+        elif isinstance(rump, RumpKernel) and rump.directory != directory:
+            raise KernelUnavailable(f"one rump kernel a process: {rump.directory} runs, {directory} cannot")
+        return rump
+
+
+def _rump_directory(choice: str) -> Path:
+    """The folder that holds the libraries of the rump kernel chosen."""
+    if choice in ("rump", "rump:patched", "rump:stock"):
+        variant = choice.partition(":")[2] or "patched"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pykq" / "rump"
+        found = sorted(cache.glob(f"*/{variant}/**/librump.so"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise KernelUnavailable(f"no {variant} rump kernel in {cache}: `invoke build-rump` makes one")
+        return found[-1].parent.resolve()
+    directory = Path(choice)
+    if not directory.is_dir():
+        raise KernelUnavailable(
+            f"there is no kernel {choice!r}: give system, rump, rump:stock or a directory"
+        )
+    return directory.resolve()

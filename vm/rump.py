@@ -1,0 +1,166 @@
+"""The same kernel code as a library for this host: NetBSD's rump kernel, stock and patched."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import patches
+from .build import VARIANTS, Builder, build_tools, select
+from .cache import digest, file_digest, locked, read_json, write_whole
+from .config import Settings
+from .log import BuildFailed, Failure, Step, say, step
+from .run import need, run
+from .source import overlay
+
+# The hypercalls, and the kernel: kqueue, descriptors, pipes and timers are in
+# its base.  No faction (file systems, network, devices) is needed.
+_LIBRARIES = ("librumpuser", "librump")
+
+# What librumpuser's configure would find on a Linux host with glibc.
+_HOST_HAS = (
+    "ALIGNED_ALLOC CLOCKID_T CLOCK_GETTIME CLOCK_NANOSLEEP DLINFO GETSUBOPT INTTYPES_H PATHS_H "
+    "POSIX_MEMALIGN PTHREAD_SETNAME2 REGISTER_T STDINT_H SYS_CDEFS_H SYS_PARAM_H UTIMENSAT"
+)
+
+# NetBSD's code must not believe that it is compiled for Linux.
+_UNDEFINE = "-Ulinux -U__linux -U__linux__ -U__gnu_linux__"
+
+SANITIZERS = "address,undefined"
+
+
+def rump_folder(settings: Settings, variant: str, *, sanitize: bool = False) -> Path:
+    """Return where a variant's libraries and manifest.json are, built or not."""
+    name = select(settings).source.name
+    return settings.cache / "rump" / f"{name}{'-sanitized' if sanitize else ''}" / variant
+
+
+def build_rump(
+    settings: Settings, variants: Sequence[str] = VARIANTS, *, sanitize: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Bring the rump kernels up to date and return their manifests; do nothing where nothing has changed.
+
+    With sanitize they are built with AddressSanitizer and
+    UndefinedBehaviorSanitizer.  Raises as build_kernels does, and Failure for
+    a source without rump and a host that is not x86_64 Linux.
+    """
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise Failure("rump kernels are built on x86_64 Linux only", hint="invoke test --guest needs none")
+    builder = select(settings)
+    for library in _LIBRARIES:
+        if not (builder.source.top / "lib" / library).is_dir():
+            raise Failure(f"{builder.source.top} has no lib/{library}", hint="unpack the release's src set")
+    fit = patches.fit(builder.source)
+    inputs = {
+        "source": str(builder.source.top),
+        "fingerprint": builder.source.fingerprint(),
+        "sanitize": sanitize,
+    }
+    manifests = {}
+    with locked(builder.root):
+        for variant in variants:
+            texts = fit.patched if variant == "patched" else fit.stock
+            key = digest(inputs, {name: text.decode("latin-1") for name, text in texts.items()})
+            folder = rump_folder(settings, variant, sanitize=sanitize)
+            manifest = read_json(folder / "manifest.json")
+            if manifest.get("key") == key and all((folder / f"{name}.so").exists() for name in _LIBRARIES):
+                say(f"{variant} rump kernel: up to date ({folder})")
+                manifests[variant] = manifest
+                continue
+            need("gcc", "ar", "objcopy")
+            build_tools(builder)
+            with step(f"{variant} rump kernel, NetBSD {builder.source.version}") as work:
+                overlay(builder.source, builder.tree(variant), texts)
+                objects = sum(_make(builder, variant, name, sanitize, work) for name in _LIBRARIES)
+                work.note = f"{objects} objects"
+            manifests[variant] = {
+                "key": key,
+                "variant": variant,
+                "netbsd": builder.source.version,
+                "kern_event": builder.source.revision,
+                "port": fit.port.name if variant == "patched" else None,
+                "port_sha256": file_digest(fit.port.path) if variant == "patched" else None,
+                "seconds": round(work.seconds, 1),
+                "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                **inputs,
+            }
+            (folder / "manifest.json").unlink(missing_ok=True)
+            for name in _LIBRARIES:
+                built = _library(builder, variant, name, sanitize)
+                write_whole(folder / built.name, built.read_bytes(), 0o755)
+            write_whole(folder / "manifest.json", json.dumps(manifests[variant], indent=1))
+    return manifests
+
+
+def _obj(builder: Builder, variant: str, sanitize: bool) -> Path:
+    """Return the folder for objects of a variant."""
+    return builder.root / "obj" / f"rump-{variant}{'-sanitized' if sanitize else ''}"
+
+
+def _library(builder: Builder, variant: str, name: str, sanitize: bool) -> Path:
+    """Return the shared library that make left."""
+    library = _obj(builder, variant, sanitize) / "lib" / name / f"{name}.so"
+    if not library.is_file():
+        raise BuildFailed(f"make left no {library}", hint=f"see {builder.log(f'rump-{variant}')}")
+    return library
+
+
+def _make(builder: Builder, variant: str, name: str, sanitize: bool, work: Step) -> int:
+    """Build one library with NetBSD's make and makefiles, for this host; return the number of objects."""
+    tree, obj = builder.tree(variant), _obj(builder, variant, sanitize)
+    (obj / "lib" / name).mkdir(parents=True, exist_ok=True)
+    debug = "-O2 -g -w"
+    if sanitize:
+        debug += f" -fsanitize={SANITIZERS} -fno-omit-frame-pointer"
+    if name == "librumpuser":
+        debug += f" -DRUMPUSER_CONFIG=1 -I{_configure(tree, obj)} -I{tree}/sys/rump/include"
+    compiled, pattern = 0, re.compile(r"^\s*#?\s*compile\s")
+
+    def count(line: str) -> None:
+        nonlocal compiled
+        if pattern.match(line):
+            compiled += 1
+            work.update(f"{name}, {compiled} objects")
+
+    command = ["env", "-i", "PATH=/usr/bin:/bin", "LC_ALL=C", f"MAKEOBJDIR=${{.CURDIR:C,^{tree},{obj},}}"]
+    command += [str(builder.tools / "bin" / "nbmake")]
+    command += ["-m", str(tree / "share/mk")]
+    command += [f"-j{os.cpu_count() or 1}"]
+    command += ["MACHINE=amd64", "MACHINE_ARCH=x86_64", "MAKECONF=/dev/null"]
+    # The host's own compiler and linker, but NetBSD's config(1) and mkdep(1).
+    command += ["USETOOLS=no", f"TOOLDIR={builder.tools}", f"TOOL_CONFIG={builder.tools}/bin/nbconfig"]
+    command += ["MKDEP=CC=${CC:Q} ${TOOLDIR}/bin/nbmkdep", "LORDER=echo", "TSORT=cat"]
+    command += [f"CC=gcc -Wa,--noexecstack{'' if sanitize else ' -Wl,-z,defs'}"]
+    command += [f"DBG={debug}"]
+    command += [f"RUMPKERN_UNDEF={_UNDEFINE}"]
+    # These objects keep the names of the host's functions that they wrap.
+    command += ["RUMPOBJ_NORENAME=rump_syscalls.pico ${.ALLSRC:${.OODATE:S/^/N/:ts:}:S/^/^/:S/$/$$/}"]
+    command += ["MKPROFILE=no", "MKSTATICLIB=no", "USE_SSP=no"]
+    # A library of the host needs none of NetBSD's start files, nor its libpthread.
+    command += ["SHLIB_LDSTARTFILE=", "SHLIB_LDENDFILE=", "LIBDO.pthread=_external"]
+    run(
+        [*command, "dependall"],
+        cwd=tree / "lib" / name,
+        log=builder.log(f"rump-{variant}"),
+        on_line=count,
+    )
+    return compiled
+
+
+def _configure(tree: Path, obj: Path) -> Path:
+    """Write what librumpuser's configure would; return the folder to include it from."""
+    include = obj / "include"
+    text = "".join(f"#define HAVE_{name} 1\n" for name in _HOST_HAS.split())
+    config = include / "rumpuser_config.h"
+    if not config.exists() or config.read_text() != text:
+        write_whole(config, text)
+    link, target = include / "rump", tree / "lib/librumpuser"
+    if not link.is_symlink():
+        link.symlink_to(target)
+    return include
