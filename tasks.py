@@ -15,9 +15,11 @@ from vm import build, config, console, guest, log, qemu, rump, suite
 from vm import run as run_
 from vm.doctor import examine
 
-TREE = {
+BUILD = {
     "source": "a NetBSD source tree (else PYKQ_SOURCE or the configuration file)",
     "toolchain": "clang, the host's LLVM (default), or gcc, NetBSD's own",
+}
+TREE = BUILD | {
     "config": "kernel configuration: one of pykq's, the tree's, or a file (default PYKQ)",
 }
 GUEST = TREE | {
@@ -62,7 +64,7 @@ def build_kernel(
         build.build_kernels(settings)
 
 
-@task(help=TREE | {"sanitize": "with AddressSanitizer and UndefinedBehaviorSanitizer"})
+@task(help=BUILD | {"sanitize": "with AddressSanitizer and UndefinedBehaviorSanitizer"})
 @command
 def build_rump(c: Context, source: str = "", toolchain: str = "", sanitize: bool = False) -> None:
     """Build the same kernel code, stock and patched, as libraries for this host."""
