@@ -106,18 +106,16 @@ def doctor(c: Context, install: bool = False, json: bool = False) -> None:
         raise Exit(code=1)
 
 
-@task(help=GUEST | NAMED)
+@task(help=BUILD | NAMED)
 @command
-def demo(
-    c: Context, source: str = "", sets: str = "", python: str = "", toolchain: str = "", config: str = "",
-    name: str = "pykq",
-) -> None:
-    """Interrupt a real kevent while you watch."""
-    settings = _settings(
-        source=source, sets=sets, python=python, toolchain=toolchain, kernel_config=config
-    )
-    machine = qemu.find(settings, name) or qemu.up(settings, name=name)
-    guest.run_module(machine, "pykq.demo")
+def demo(c: Context, source: str = "", toolchain: str = "", name: str = "pykq") -> None:
+    """Interrupt a real kevent while you watch: in the guest when it is up, else on a rump kernel."""
+    settings = _settings(source=source, toolchain=toolchain)
+    machine = qemu.find(settings, name)
+    if machine is not None:
+        guest.run_module(machine, "pykq.demo")
+    else:
+        rump.run_module(settings, "pykq.demo")
 
 
 @task(

@@ -39,7 +39,7 @@ _FILES = {
 _TOOLS = ("pax", "mtree", "makefs", "disklabel", "installboot")
 
 _SECTOR_BYTES = 512
-_FREE_MIB = 512
+_FREE_MIB = 256
 _FREE_INODES = 20000
 
 

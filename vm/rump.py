@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +98,15 @@ def build_rump(
                 write_whole(folder / built.name, built.read_bytes(), 0o755)
             write_whole(folder / "manifest.json", json.dumps(manifests[variant], indent=1))
     return manifests
+
+
+def run_module(settings: Settings, module: str) -> None:
+    """Run a module of pykq on the patched rump kernel, which is built when it is not there."""
+    build_rump(settings, ["patched"])
+    environment = {**os.environ, "PYKQ_KERNEL": str(rump_folder(settings, "patched"))}
+    done = subprocess.run([sys.executable, "-m", module], env=environment, check=False)
+    if done.returncode:
+        raise Failure(f"{module} ended with status {done.returncode} on the rump kernel")
 
 
 def _obj(builder: Builder, variant: str, sanitize: bool) -> Path:

@@ -143,41 +143,18 @@ def test_t6_a_failed_change_does_not_consume_a_tickle(kq, raw, waiter, tickle, p
 
 
 @pytest.mark.parametrize("threads", [2, 4, 8])
-def test_t7_of_several_threads_one_returns_eintr_and_the_others_sleep_on(
-    kq, raw, waiter, tickle, tickling, pipe, threads
-):
-    raw(kq, [Kevent(pipe[0])], max_events=0)
-    asleep = [waiter(raw, kq) for _ in range(threads)]
-    waiter.all_asleep(asleep)
-    tickle(kq)
-    if tickling:
-        asleep = without_those_back(asleep, 1)
-    waiter.all_asleep(asleep)
-    for one in asleep:
-        while one.waits:  # one byte need not wake them all
-            kq.kernel.write(pipe[1], b"x")
-            one._thread.join(0.01)
-        assert [event.ident for event in one.outcome()] == [pipe[0]]
-
-
-def without_those_back(asleep, least):
-    """Wait until at least so many have returned EINTR; the others. Nothing but the threads tells which it will be."""
-    while sum(not one.waits for one in asleep) < least:
-        next(one for one in asleep if one.waits)._thread.join(0.01)
-    back = [one for one in asleep if not one.waits]
-    assert [one.outcome() for one in back] == ["EINTR"] * len(back)
-    return [one for one in asleep if one not in back]
-
-
-@pytest.mark.parametrize("threads", [2, 4, 8])
-def test_t7_as_many_tickles_as_threads_bring_all_back(kq, raw, waiter, tickle, tickling, threads):
+def test_t7_each_tickle_brings_one_of_several_threads_back_at_least(kq, raw, waiter, tickle, tickling, threads):
     if not tickling:
         pytest.skip("a stock kernel has no tickle to bring a thread back")
     asleep = [waiter(raw, kq) for _ in range(threads)]
-    waiter.all_asleep(asleep)
     while asleep:
+        waiter.all_asleep(asleep)
         tickle(kq)
-        asleep = without_those_back(asleep, 1)
+        while all(one.waits for one in asleep):
+            asleep[0]._thread.join(0.01)
+        back = [one for one in asleep if not one.waits]
+        assert [one.outcome() for one in back] == ["EINTR"] * len(back)
+        asleep = [one for one in asleep if one not in back]
 
 
 def test_t7_those_who_sleep_on_have_the_timeout_that_remains(kq, raw, waiter, tickle, short_s):
