@@ -257,7 +257,7 @@ class RumpKernel(Kernel):
             number = errno.EINTR
         elif number in _NETBSD_ERRNO:
             name = _NETBSD_ERRNO[number]
-            if name not in errno.errorcode.values():
+            if not hasattr(errno, name):
                 return OSError(errno.EIO, f"{call}: {name}, which this host does not have")
             number = getattr(errno, name)
         return OSError(number, f"{call}: {os.strerror(number)}")
@@ -374,8 +374,10 @@ def _rump_directory(choice: str) -> Path:
     """The folder that holds the libraries of the rump kernel chosen."""
     if choice in ("rump", "rump:patched", "rump:stock"):
         variant = choice.partition(":")[2] or "patched"
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pykq" / "rump"
-        found = sorted(cache.glob(f"*/{variant}/**/librump.so"), key=lambda path: path.stat().st_mtime)
+        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = Path(os.environ.get("PYKQ_CACHE") or user / "pykq") / "rump"
+        built = sorted(cache.glob(f"*/{variant}/librump.so"), key=lambda path: path.stat().st_mtime)
+        found = [path for path in built if not path.parts[-3].endswith("-sanitized")]
         if not found:
             raise KernelUnavailable(f"no {variant} rump kernel in {cache}: `invoke build-rump` makes one")
         return found[-1].parent.resolve()

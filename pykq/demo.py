@@ -76,9 +76,10 @@ def swallow_it(kernel: pykq.Kernel) -> None:
     pykq.tickle(kq)
     print(f"   It is tickled {time.perf_counter() - start:.1f} s later ...")
     print(
-        f"   ... and returns {waiter.result()} after {waiter.at - start:.1f} s. The kevent in it was interrupted,"
+        f"   ... and returns {waiter.result()} after {waiter.at - start:.1f} s. Its kevent was interrupted,"
     )
-    print("   and Python started it again, as it does after EINTR (PEP 475): so pykq calls kevent itself.")
+    print("   but Python started it again, as it does after EINTR (PEP 475).")
+    print("   That is why pykq calls kevent itself.")
     kq.close()
 
 

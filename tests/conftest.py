@@ -52,7 +52,7 @@ def tickling(kernel: pykq.Kernel) -> bool:
 
 @pytest.fixture(scope="session")
 def short_s(kernel: pykq.Kernel) -> float:
-    """A timeout that is to pass: long enough that what was to come before it has come, on an emulated guest, too."""
+    """A timeout that is to pass, with time for all that comes before, in an emulated guest as well."""
     return 0.2 if kernel.shares_descriptors else 0.05
 
 

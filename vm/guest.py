@@ -98,8 +98,10 @@ def _close_on_death(machine: Machine, connection: Connection, ended: threading.E
             return
 
 
-def install(connection: Connection) -> str:
+def install(connection: Connection, **variables: str) -> str:
     """Copy pykq, its tests and pytest into the guest; return the command that starts its Python.
+
+    variables are added to that Python's environment.
 
     What does not change while a guest lives is copied once.
     """
@@ -114,7 +116,9 @@ def install(connection: Connection) -> str:
             _send(connection, _tar(_distributions()), f"{site}.part")
             connection.run(f"mv {site}.part {site}", hide=True)
     _send(connection, _tar(_ours()), f"{_HOME}/work")
-    return f"cd {_HOME}/work && env PYTHONPATH=.:{site} PYTHONUNBUFFERED=1 {python}"
+    variables |= {"PYTHONPATH": f".:{site}", "PYTHONUNBUFFERED": "1"}
+    settings = " ".join(f"{name}={value}" for name, value in variables.items())
+    return f"cd {_HOME}/work && env {settings} {python}"
 
 
 def run_tests(machine: Machine, junit: Path, selection: str = "") -> None:
@@ -123,13 +127,11 @@ def run_tests(machine: Machine, junit: Path, selection: str = "") -> None:
     Raises TestsFailed when a test failed, GuestDied when the guest did.
     """
     with connect(machine) as connection:
-        python = install(connection)
+        python = install(connection, PYKQ_EXPECT=machine.variant)
         chosen = f"-k '{selection}'" if selection else ""
         result = connection.run(
             f"{python} -m pytest -c /dev/null --rootdir . -p no:cacheprovider --import-mode=importlib -ra -q"
             f" --junitxml=/tmp/junit.xml {chosen} tests/rules tests/guest",
-            env={"PYKQ_EXPECT": machine.variant},
-            inline_ssh_env=True,
             out_stream=_Screen(),
             err_stream=_Screen(),
             warn=True,

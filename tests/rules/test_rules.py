@@ -143,7 +143,9 @@ def test_t6_a_failed_change_does_not_consume_a_tickle(kq, raw, waiter, tickle, p
 
 
 @pytest.mark.parametrize("threads", [2, 4, 8])
-def test_t7_each_tickle_brings_one_of_several_threads_back_at_least(kq, raw, waiter, tickle, tickling, threads):
+def test_t7_each_tickle_brings_one_of_several_threads_back_at_least(
+    kq, raw, waiter, tickle, tickling, threads
+):
     if not tickling:
         pytest.skip("a stock kernel has no tickle to bring a thread back")
     asleep = [waiter(raw, kq) for _ in range(threads)]
