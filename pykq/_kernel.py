@@ -197,7 +197,8 @@ class RumpKernel(Kernel):
     """NetBSD's kernel code as libraries in this process: librumpuser, librump and what lies beside them.
 
     What differs from a whole kernel. Descriptors are the rump kernel's own: ``Kqueue.fileno()`` refuses,
-    and only ``pipe``, ``read``, ``write`` and ``close`` of this object open, use and close them. A host
+    and only ``pipe``, ``read``, ``write`` and ``close`` of this object open, use and close them. A socket
+    or file of the host cannot be watched: its number would be taken for one of the rump kernel's. A host
     signal does not end a wait; Ctrl-C does, as told at ``_wait``. There is one rump kernel a process, and
     the child of a fork has none. Two variables in the environment, read when it starts: ``RUMP_NCPU``, its
     number of CPUs, and ``RUMP_VERBOSE=1``, to see on stderr what it prints.
@@ -238,15 +239,15 @@ class RumpKernel(Kernel):
         self._is_child = False
         self._main_thread = threading.main_thread().ident
 
-    def kqueue(self) -> int:
-        """Open a kqueue, close-on-exec."""
+    def call(self, name: str, *args: Any) -> int:
+        """Make a system call, by name."""
         if self._is_child:
             raise KernelUnavailable("a rump kernel does not live on in the child of a fork: use spawn")
-        return super().kqueue()
+        return super().call(name, *args)
 
     def _forked(self) -> None:
         super()._forked()
-        self._is_child = True  # its threads are gone, so every call might wait for ever
+        self._is_child = True  # its threads are gone, and a call may wait for one of them
 
     def error(self, call: str) -> OSError:
         """What failed last in this thread, with NetBSD's errno turned into the host's by name."""

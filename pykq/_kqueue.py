@@ -7,13 +7,12 @@ import io
 import math
 import os
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntFlag
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self, SupportsIndex, overload
+from typing import NamedTuple, NoReturn, Protocol, Self, SupportsIndex, overload
 
 from pykq._abi import KQUEUE_TICKLE, POLL, TIMESPEC
 from pykq._constants import EV, EVFILT, NOTES
@@ -153,8 +152,8 @@ class Kqueue:
         *,
         on_tickle: Callable[[], object] | None = None,
     ) -> None:
-        kernel = load_kernel(kernel)
-        self._adopt(kernel.kqueue(), kernel, on_tickle)
+        self._prepare(load_kernel(kernel), on_tickle)
+        self._own(self.kernel.kqueue())
 
     @classmethod
     def from_fd(
@@ -165,31 +164,33 @@ class Kqueue:
         on_tickle: Callable[[], object] | None = None,
     ) -> Self:
         """Take over an open kqueue by its descriptor, and close it in the end. ``EBADF`` when it is none."""
-        kernel = load_kernel(kernel)
-        # With no room for events kevent does not scan: this says that fd is a kqueue, and consumes no tickle.
-        if kernel.kevent(fd, None, _NOTHING, None, _NOTHING, POLL) < 0:
-            raise kernel.error("kevent")
         self = cls.__new__(cls)
-        self._adopt(fd, kernel, on_tickle)
+        self._prepare(load_kernel(kernel), on_tickle)
+        # With no room for events kevent does not scan: this says that fd is a kqueue, and consumes no tickle.
+        if self._kevent(fd, None, _NOTHING, None, _NOTHING, POLL) < 0:
+            raise self.kernel.error("kevent")
+        self._own(fd)
         return self
 
-    _fd = -1  # for __del__, when __init__ came to nothing
+    _fd = -1  # until it owns a descriptor, and when it no longer does
 
-    def _adopt(self, fd: int, kernel: Kernel, on_tickle: Callable[[], object] | None) -> None:
+    def _prepare(self, kernel: Kernel, on_tickle: Callable[[], object] | None) -> None:
         if on_tickle is not None and not callable(on_tickle):
             raise TypeError(f"on_tickle must be callable, not {on_tickle!r}")
-        self._fd = fd
         #: The kernel it lives in.
         self.kernel = kernel
         self._on_tickle = on_tickle
         self._tickled = False
-        self._kevent = kernel.kevent
-        self._ioctl = kernel.plain_ioctl
+        self._kevent: Callable[..., int] = kernel.kevent
+        self._ioctl: Callable[[int, int], object] = kernel.plain_ioctl
         self._layout = kernel.abi.kevent
         self._spare: list[Events] = []
-        self._closing = threading.Lock()
-        self._closed_text = "I/O operation on closed kqueue object"
-        kernel.kqueues[fd] = self
+        self._closed_text = ""
+
+    def _own(self, fd: int) -> None:
+        self._fd = fd
+        self._to_close = [fd]
+        self.kernel.kqueues[fd] = self
 
     @overload
     def kevent(
@@ -357,19 +358,30 @@ class Kqueue:
         Before NetBSD 10 the kernel's close waits for the threads asleep on the kqueue to return: one of
         them does at once, with KQUEUE_TICKLE; any others only when an event or their timeout comes.
         """
-        with self._closing:
-            fd, self._fd = self._fd, -1
-        if fd < 0:
+        try:
+            fd = self._to_close.pop()  # once, whoever calls: threads, signal handlers, __del__
+        except IndexError:
             return
+        self._refuse("I/O operation on closed kqueue object")
         if self.kernel.kqueues.get(fd) is self:
             del self.kernel.kqueues[fd]
         with contextlib.suppress(OSError):  # most kernels have none
-            self._ioctl(fd, KQUEUE_TICKLE)
+            self.kernel.plain_ioctl(fd, KQUEUE_TICKLE)
         self.kernel.close(fd)
 
     def _forget(self) -> None:
+        self._to_close.clear()
+        self._refuse("this kqueue stayed with the parent process: fork hands none down")
+
+    def _refuse(self, why: str) -> None:
+        """From now on raise ValueError, without a call: the number may become another file's."""
+
+        def refuse(*_: object) -> NoReturn:
+            raise ValueError(why)
+
+        self._closed_text = why
         self._fd = -1
-        self._closed_text = "this kqueue stayed with the parent process: fork hands none down"
+        self._kevent = self._ioctl = refuse
 
     def _pack(self, changes: Iterable[Kevent]) -> tuple[bytes, ctypes.c_size_t]:
         packed = []
@@ -391,7 +403,7 @@ class Kqueue:
         self.close()
 
     def __del__(self) -> None:
-        if self._fd >= 0:
+        if self._fd >= 0:  # it came to own one
             self.close()
 
     def __repr__(self) -> str:

@@ -98,10 +98,18 @@ def pipe(kernel: pykq.Kernel) -> Iterator[tuple[int, int]]:
         kernel.close(fd)
 
 
+@pytest.fixture(scope="session")
+def real_stderr(pytestconfig: pytest.Config) -> int:
+    """A descriptor of stderr as it is outside of a test, where pytest puts something else in its place."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        return os.dup(2)
+
+
 @pytest.fixture
-def watchdog() -> Iterator[None]:
+def watchdog(real_stderr: int) -> Iterator[None]:
     """End the process, with all its stacks, when a test hangs where Python cannot interrupt it."""
-    faulthandler.dump_traceback_later(4 * HANG_S, exit=True)
+    faulthandler.dump_traceback_later(4 * HANG_S, exit=True, file=real_stderr)
     yield
     faulthandler.cancel_dump_traceback_later()
 

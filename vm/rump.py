@@ -116,7 +116,7 @@ def _obj(builder: Builder, variant: str, sanitize: bool) -> Path:
 
 def _library(builder: Builder, variant: str, name: str, sanitize: bool) -> Path:
     """Return the shared library that make left."""
-    library = _obj(builder, variant, sanitize) / "lib" / name / f"{name}.so"
+    library = _obj(builder, variant, sanitize) / name / f"{name}.so"
     if not library.is_file():
         raise BuildFailed(f"make left no {library}", hint=f"see {builder.log(f'rump-{variant}')}")
     return library
@@ -125,10 +125,11 @@ def _library(builder: Builder, variant: str, name: str, sanitize: bool) -> Path:
 def _make(builder: Builder, variant: str, name: str, sanitize: bool, work: Step) -> int:
     """Build one library with NetBSD's make and makefiles, for this host; return the number of objects."""
     tree, obj = builder.tree(variant), _obj(builder, variant, sanitize)
-    (obj / "lib" / name).mkdir(parents=True, exist_ok=True)
-    debug = "-O2 -g -w"
+    (obj / name).mkdir(parents=True, exist_ok=True)
+    compiler = "gcc -Wa,--noexecstack -Wl,-z,defs"
     if sanitize:
-        debug += f" -fsanitize={SANITIZERS} -fno-omit-frame-pointer"
+        compiler = f"gcc -fsanitize={SANITIZERS} -fno-omit-frame-pointer -Wa,--noexecstack"
+    debug = "-O2 -g -w"
     if name == "librumpuser":
         debug += f" -DRUMPUSER_CONFIG=1 -I{_configure(tree, obj)} -I{tree}/sys/rump/include"
     compiled, pattern = 0, re.compile(r"^\s*#?\s*compile\s")
@@ -139,7 +140,7 @@ def _make(builder: Builder, variant: str, name: str, sanitize: bool, work: Step)
             compiled += 1
             work.update(f"{name}, {compiled} objects")
 
-    command = ["env", "-i", "PATH=/usr/bin:/bin", "LC_ALL=C", f"MAKEOBJDIR=${{.CURDIR:C,^{tree},{obj},}}"]
+    command = ["env", "-i", "PATH=/usr/bin:/bin", "LC_ALL=C", f"MAKEOBJDIR={obj}/${{.CURDIR:T}}"]
     command += [str(builder.tools / "bin" / "nbmake")]
     command += ["-m", str(tree / "share/mk")]
     command += [f"-j{os.cpu_count() or 1}"]
@@ -147,20 +148,21 @@ def _make(builder: Builder, variant: str, name: str, sanitize: bool, work: Step)
     # The host's own compiler and linker, but NetBSD's config(1) and mkdep(1).
     command += ["USETOOLS=no", f"TOOLDIR={builder.tools}", f"TOOL_CONFIG={builder.tools}/bin/nbconfig"]
     command += ["MKDEP=CC=${CC:Q} ${TOOLDIR}/bin/nbmkdep", "LORDER=echo", "TSORT=cat"]
-    command += [f"CC=gcc -Wa,--noexecstack{'' if sanitize else ' -Wl,-z,defs'}"]
+    command += [f"CC={compiler}"]
     command += [f"DBG={debug}"]
     command += [f"RUMPKERN_UNDEF={_UNDEFINE}"]
-    # These objects keep the names of the host's functions that they wrap.
+    # Makefile.rump renames the symbols of all objects when one has changed; this: of those that have.
     command += ["RUMPOBJ_NORENAME=rump_syscalls.pico ${.ALLSRC:${.OODATE:S/^/N/:ts:}:S/^/^/:S/$/$$/}"]
     command += ["MKPROFILE=no", "MKSTATICLIB=no", "USE_SSP=no"]
     # A library of the host needs none of NetBSD's start files, nor its libpthread.
     command += ["SHLIB_LDSTARTFILE=", "SHLIB_LDENDFILE=", "LIBDO.pthread=_external"]
-    run(
-        [*command, "dependall"],
-        cwd=tree / "lib" / name,
-        log=builder.log(f"rump-{variant}"),
-        on_line=count,
-    )
+    for target in ("depend", "realall"):
+        run(
+            [*command, target],
+            cwd=tree / "lib" / name,
+            log=builder.log(f"rump-{variant}"),
+            on_line=count,
+        )
     return compiled
 
 
