@@ -1,6 +1,7 @@
 """``python -m pykq``: what the kernel offers to pykq, as text or JSON. Exit status 1: there is no kqueue."""
 
 import argparse
+import ctypes
 import itertools
 import json
 import sys
@@ -13,7 +14,11 @@ def describe(kernel: Kernel) -> dict[str, Any]:
     """What the kernel says of itself; asks it on a kqueue of its own."""
     return {
         "kernel": kernel.name,
-        "kevent": {"entry": kernel.abi.entry, "bytes": kernel.abi.kevent.size, "since": kernel.abi.since},
+        "kevent": {
+            "entry": kernel.abi.entry,
+            "bytes": ctypes.sizeof(kernel.abi.kevent),
+            "since": kernel.abi.since,
+        },
         "tickle": kernel.has_tickle,
         "filters": filters(kernel),
     }

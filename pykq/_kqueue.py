@@ -9,13 +9,12 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from enum import IntFlag
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple, NoReturn, Protocol, Self, SupportsIndex, overload
 
-from pykq._abi import KQUEUE_TICKLE, POLL, TIMESPEC
-from pykq._constants import EV, EVFILT, NOTES
+from pykq._abi import KQUEUE_TICKLE, POLL, TIMESPEC, Abi, KeventFields
+from pykq._constants import EV, EVFILT
 from pykq._kernel import Kernel, TickleNotSupported, load_kernel
 
 # The package ctypes-callable asks CPython itself; on other interpreters the builtin serves.
@@ -24,7 +23,6 @@ try:
 except (ImportError, AttributeError):
     from builtins import callable
 
-_NOTHING = ctypes.c_size_t(0)
 _MAX_EVENTS = 1 << 20  # more in one wait is a mistake: the buffer alone would be 72 MB
 _FOREVER_S = 1e8  # three years: a longer wait is one without end
 
@@ -49,7 +47,7 @@ class _Fields(NamedTuple):
     udata: int
 
 
-class Kevent(_Fields):
+class Kevent(KeventFields, _Fields):
     """A change to give to a kqueue, or an event got from it: ``struct kevent``, a tuple of six numbers.
 
     Args:
@@ -79,55 +77,52 @@ class Kevent(_Fields):
             ident = ident.fileno()
         return super().__new__(cls, ident, filter, flags, fflags, data, udata)
 
-    def __repr__(self) -> str:
-        """With the names of the constants."""
-        name = f"EVFILT.{EVFILT(self.filter).name}" if self.filter in list(EVFILT) else str(self.filter)
-        return (
-            f"Kevent(ident={self.ident}, filter={name}, flags={_flags(EV, self.flags)},"
-            f" fflags={_flags(NOTES.get(self.filter), self.fflags)}, data={self.data}, udata={self.udata:#x})"
-        )
-
-
-def _flags(kind: type[IntFlag] | None, value: int) -> str:
-    return f"{kind.__name__}.{kind(value).name}" if kind and value > 0 else f"{value:#x}"
-
 
 _kevent_from = partial(tuple.__new__, Kevent)  # not through __new__: the kernel's numbers need no checks
 
 
-class Events(Sequence[Kevent]):
+class Events(Sequence[KeventFields]):
     """A buffer for the events of one wait, from ``Kqueue.buffer``, to use again and again.
 
-    They stay the C array that the kernel wrote until somebody looks at them.
+    Its events are views of the C array that the kernel writes, made once: they have the attributes of a
+    ``Kevent``, and change with the next wait into the buffer.
     """
 
-    __slots__ = ("_array", "_capacity", "_count", "_layout", "max_events")
+    __slots__ = ("_array", "_bytes", "_codec", "_count", "_reference", "_views", "max_events")
 
-    def __init__(self, layout: struct.Struct, max_events: int) -> None:
+    def __init__(self, abi: Abi, max_events: int) -> None:
         if not 0 <= max_events <= _MAX_EVENTS:
             raise ValueError(f"max_events must be 0 to {_MAX_EVENTS}, not {max_events}")
         self.max_events = max_events
-        self._layout = layout
-        self._array = (ctypes.c_char * (layout.size * max_events))()
-        self._capacity = ctypes.c_size_t(max_events)
+        self._array = (abi.kevent * max_events)()
+        self._reference = ctypes.byref(self._array)
+        self._bytes = memoryview(self._array).cast("B")
+        self._codec = abi.codec
+        self._views: list[KeventFields] = []
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Kevent]:
-        filled = memoryview(self._array)[: self._count * self._layout.size]
-        return map(_kevent_from, self._layout.iter_unpack(filled))
+    def __iter__(self) -> Iterator[KeventFields]:
+        return iter(self[:])
 
     @overload
-    def __getitem__(self, index: SupportsIndex) -> Kevent: ...
+    def __getitem__(self, index: SupportsIndex) -> KeventFields: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Kevent]: ...
-    def __getitem__(self, index: SupportsIndex | slice) -> Kevent | list[Kevent]:
-        return list(self)[index]
+    def __getitem__(self, index: slice) -> list[KeventFields]: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> KeventFields | list[KeventFields]:
+        if not self._views:
+            self._views = list(self._array)
+        return self._views[: self._count][index]
+
+    def copy(self) -> list[Kevent]:
+        """The events as objects of their own."""
+        filled = self._bytes[: self._count * self._codec.size]
+        return list(map(_kevent_from, self._codec.iter_unpack(filled)))
 
     def __repr__(self) -> str:
-        return f"Events({list(self)})"
+        return f"Events({self.copy()})"
 
 
 class Kqueue:
@@ -167,7 +162,7 @@ class Kqueue:
         self = cls.__new__(cls)
         self._prepare(load_kernel(kernel), on_tickle)
         # With no room for events kevent does not scan: this says that fd is a kqueue, and consumes no tickle.
-        if self._kevent(fd, None, _NOTHING, None, _NOTHING, POLL) < 0:
+        if self._kevent(fd, None, 0, None, 0, POLL) < 0:
             raise self.kernel.error("kevent")
         self._own(fd)
         return self
@@ -183,7 +178,8 @@ class Kqueue:
         self._tickled = False
         self._kevent: Callable[..., int] = kernel.kevent
         self._ioctl: Callable[[int, int], object] = kernel.plain_ioctl
-        self._layout = kernel.abi.kevent
+        self._look: Callable[..., int] = kernel.look
+        self._codec = kernel.abi.codec
         self._spare: list[Events] = []
         self._closed_text = ""
 
@@ -216,8 +212,8 @@ class Kqueue:
             max_events: the most events to return; 0 applies the changes and does not wait.
             timeout: seconds, rounded up to a nanosecond; None waits for ever, and so do more than 10**8
                 seconds or infinity; 0 looks and does not wait.
-            into: a ``buffer()`` to fill and return, as large as ``max_events`` would be. For a fast loop: no
-                object is made for an event that nobody looks at. One thread at a time.
+            into: a ``buffer()`` to fill and return, which ``max_events`` does not change. For a fast loop: a
+                wait allocates nothing, and no object is made for an event. One thread at a time.
 
         Returns:
             The events; none when the time is over.
@@ -231,7 +227,33 @@ class Kqueue:
         A signal does not end the wait: Python's handlers run, in the main thread, and when they do not raise
         the wait goes on with the time that remains. The GIL is released while it lasts.
         """
-        changelist, nchanges = self._pack(changes) if changes else (None, _NOTHING)
+        if into is not None:
+            events = into
+        else:
+            try:
+                events = self._spare.pop()
+            except IndexError:
+                events = self.buffer(max_events)
+            if events.max_events != max_events:
+                events = self.buffer(max_events)
+        try:
+            count = -1
+            if timeout == 0 and not changes:
+                look = self._look  # calling self._look(...) takes longer, in CPython 3.11
+                count = look(self._fd, None, 0, events._reference, events.max_events, POLL)
+            if count < 0:
+                count = self._wait(changes, events, timeout)
+            events._count = count
+            if into is not None:
+                return into
+            return events.copy() if count else []
+        finally:
+            if into is None:
+                self._spare.append(events)
+
+    def _wait(self, changes: Iterable[Kevent] | None, events: Events, timeout: float | None) -> int:
+        """The number of events, when they are there or the time is over."""
+        changelist, nchanges = self._pack(changes) if changes else (None, 0)
         timespec, deadline_ns = None, None
         if timeout == 0:
             timespec, deadline_ns = POLL, 0
@@ -242,39 +264,23 @@ class Kqueue:
                 timeout_ns = math.ceil(timeout * 1e9)  # up: a short wait must not become a look
                 timespec = TIMESPEC.pack(*divmod(timeout_ns, 1_000_000_000))
                 deadline_ns = time.monotonic_ns() + timeout_ns
-        events = self._spare_buffer(max_events) if into is None else into
-        events._count = 0
-        try:
-            while True:
-                count = self._kevent(
-                    self._fd, changelist, nchanges, events._array, events._capacity, timespec
-                )
-                if count >= 0:
-                    events._count = count
-                    break
-                if self._tickle_ended_it():
-                    break
-                # It was a signal. Python runs its handlers between bytecodes: here, or when the loop
-                # jumps back. The changes are not given again: the kernel registers them before it scans,
-                # and only the scan sleeps (kevent1 in kern_event.c).
-                changelist, nchanges = None, _NOTHING
-                if deadline_ns is not None:
-                    left_ns = deadline_ns - time.monotonic_ns()
-                    if left_ns <= 0:
-                        break
-                    timespec = TIMESPEC.pack(*divmod(left_ns, 1_000_000_000))
-            return list(events) if into is None else events
-        finally:
-            if into is None:
-                self._spare.append(events)
-
-    def _spare_buffer(self, max_events: int) -> Events:
-        """A buffer for a wait without one, used before if possible; every thread in a wait has its own."""
-        try:
-            buffer = self._spare.pop()
-        except IndexError:
-            return self.buffer(max_events)
-        return buffer if buffer.max_events == max_events else self.buffer(max_events)
+        while True:
+            count = self._kevent(
+                self._fd, changelist, nchanges, events._reference, events.max_events, timespec
+            )
+            if count >= 0:
+                return count
+            if self._tickle_ended_it():
+                return 0
+            # It was a signal. Python runs its handlers between bytecodes: here, or when the loop jumps back.
+            # The changes are not given again: the kernel registers them before it scans, and only the scan
+            # sleeps (kevent1 in kern_event.c).
+            changelist, nchanges = None, 0
+            if deadline_ns is not None:
+                left_ns = deadline_ns - time.monotonic_ns()
+                if left_ns <= 0:
+                    return 0
+                timespec = TIMESPEC.pack(*divmod(left_ns, 1_000_000_000))
 
     def _tickle_ended_it(self) -> bool:
         """After kevent failed: True for a tickle that on_tickle has been told of, False for a signal.
@@ -314,9 +320,10 @@ class Kqueue:
             TickleNotSupported: the kernel has no KQUEUE_TICKLE.
             ValueError: the kqueue is closed.
         """
-        self._tickled = True  # before the ioctl: see kevent
+        self._tickled = True  # before the ioctl: see _tickle_ended_it
+        ioctl = self._ioctl  # calling self._ioctl(...) takes longer, in CPython 3.11
         try:
-            self._ioctl(self._fd, KQUEUE_TICKLE)
+            ioctl(self._fd, KQUEUE_TICKLE)
         except (OSError, ValueError) as error:
             self._tickled = False
             if self._fd < 0:
@@ -325,7 +332,7 @@ class Kqueue:
 
     def buffer(self, max_events: int = 64) -> Events:
         """A buffer for ``kevent(into=...)``."""
-        return Events(self._layout, max_events)
+        return Events(self.kernel.abi, max_events)
 
     @property
     def ident(self) -> int:
@@ -381,18 +388,18 @@ class Kqueue:
 
         self._closed_text = why
         self._fd = -1
-        self._kevent = self._ioctl = refuse
+        self._kevent = self._look = self._ioctl = refuse
 
-    def _pack(self, changes: Iterable[Kevent]) -> tuple[bytes, ctypes.c_size_t]:
+    def _pack(self, changes: Iterable[Kevent]) -> tuple[bytes, int]:
         packed = []
         for change in changes:
             if not isinstance(change, Kevent):
                 raise TypeError(f"changes must be Kevent objects, not {change!r}")
             try:
-                packed.append(self._layout.pack(*change))
+                packed.append(self._codec.pack(*change))
             except struct.error as error:
                 raise ValueError(f"{change!r} does not fit struct kevent: {error}") from None
-        return b"".join(packed), ctypes.c_size_t(len(packed))
+        return b"".join(packed), len(packed)
 
     def __enter__(self) -> Self:
         return self

@@ -189,17 +189,20 @@ def once_asleep(watchdog: None) -> Iterator[Callable[[Callable[[], object]], Non
     """``once_asleep(action)``: another thread does it when the main thread sleeps in kevent."""
     threads = []
     main_thread = threading.get_native_id()
+    over = threading.Event()
 
     def run(action: Callable[[], object]) -> None:
-        while not _sleep_in_kevent({main_thread}):
-            pass
-        action()
+        while not over.is_set():
+            if _sleep_in_kevent({main_thread}):
+                action()
+                return
 
     def once_asleep(action: Callable[[], object]) -> None:
         threads.append(threading.Thread(target=run, args=(action,)))
         threads[-1].start()
 
     yield once_asleep
+    over.set()
     for thread in threads:
         thread.join(HANG_S)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import tarfile
 import threading
@@ -30,6 +31,10 @@ _HOME = "/root/pykq"
 
 _CONNECT_WITHIN_S = 5
 _TESTS_WITHIN_S = 900
+
+
+# Its threads write tracebacks of their own; what matters arrives here as an exception.
+logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 
 class _Screen(io.StringIO):

@@ -29,6 +29,7 @@ _ENDINGS = (".tar.xz", ".tgz")
 # What goes into the image from vm/guest/, and where.
 _FILES = {
     "boot.cfg": ("boot.cfg", 0o644),
+    "environment": ("root/.ssh/environment", 0o600),
     "fstab": ("etc/fstab", 0o644),
     "rc": ("etc/rc", 0o755),
     "sshd_config": ("etc/ssh/sshd_config", 0o600),

@@ -20,6 +20,7 @@ from typing import Any
 
 from qemu.qmp import QMPClient, QMPError
 
+from .backtrace import with_names
 from .build import kernel_folder, select
 from .cache import locked, read_json, write_whole
 from .config import Settings
@@ -91,6 +92,10 @@ class Machine:
             return _line_at(_read(self.console_log), match.start())
         return "" if self.alive() else "QEMU has ended"
 
+    def last_lines(self) -> str:
+        """Return the end of its console, with names in a backtrace."""
+        return with_names(tail(self.console_log, 25), Path(self.kernel))
+
     def raise_if_dead(self) -> None:
         """Raise GuestDied with the last console lines when the guest is dead."""
         cause = self.death()
@@ -98,7 +103,7 @@ class Machine:
             raise GuestDied(
                 f"the guest died: {cause}",
                 hint=f"its console is in {self.console_log}; invoke vm.up starts it again",
-                tail=tail(self.console_log),
+                tail=self.last_lines(),
             )
 
 
@@ -109,40 +114,49 @@ def folder_of(settings: Settings, name: str) -> Path:
     return settings.cache / "run" / name
 
 
-def find(settings: Settings, name: str) -> Machine | None:
-    """Return the guest of this name when it runs."""
+def last(settings: Settings, name: str) -> Machine | None:
+    """Return the guest of this name that was started last and not ended, dead or alive."""
     state = read_json(folder_of(settings, name) / "machine.json")
     try:
-        machine = Machine(**state)
+        return Machine(**state)
     except TypeError:  # none, or written by another version of pykq
         return None
-    return machine if machine.alive() else None
+
+
+def find(settings: Settings, name: str) -> Machine | None:
+    """Return the guest of this name when it runs."""
+    machine = last(settings, name)
+    return machine if machine is not None and machine.alive() else None
 
 
 def must_find(settings: Settings, name: str) -> Machine:
     """Return the guest of this name; raise Failure when it does not run."""
-    machine = find(settings, name)
+    machine = last(settings, name)
     if machine is None:
         raise Failure(f"guest {name} is not up", hint="invoke vm.up")
+    machine.raise_if_dead()
     return machine
 
 
 def status(settings: Settings, name: str, *, as_json: bool = False) -> bool:
     """Print what is known of a guest; return whether it runs."""
-    machine = find(settings, name)
+    machine = last(settings, name)
+    death = machine.death() if machine is not None else ""
+    up = machine is not None and not death
     if as_json:
-        print(json.dumps({"name": name, "up": machine is not None, **(asdict(machine) if machine else {})}))
+        state = asdict(machine) if machine is not None else {}
+        print(json.dumps({"name": name, "up": up, "death": death, **state}))
     elif machine is None:
         say(f"guest {name} is not up")
+    elif death:
+        say(f"guest {name} died: {death} (its console is in {machine.console_log})")
     else:
         say(
             f"guest {name} is up: NetBSD {machine.netbsd}, {machine.variant} kernel, {machine.boot} boot, "
             f"{machine.accelerator}, ssh on 127.0.0.1 port {machine.ssh_port}, pid {machine.pid}, "
             f"for {time.time() - machine.started:.0f} s"
         )
-        if machine.death():
-            say(f"it seems dead: {machine.death()}")
-    return machine is not None
+    return up
 
 
 def command_line(
@@ -205,7 +219,10 @@ def up(
     manifest = read_json(kernel.parent / "manifest.json")
     with locked(folder):
         running = find(settings, name)
-        if running is not None:
+        if running is not None and running.death():
+            say(f"guest {name} died ({running.death()}) and is started anew")
+            _end(running)
+        elif running is not None:
             if running.variant != variant or running.kernel != str(kernel):
                 raise Failure(
                     f"guest {name} is up with the {running.variant} kernel of NetBSD {running.netbsd}",
@@ -300,7 +317,7 @@ def _wait_for_console(
         raise GuestDied(
             f"the guest did not start: {cause}",
             hint=f"its console is in {machine.console_log}",
-            tail=tail(machine.console_log),
+            tail=machine.last_lines(),
         )
 
 
@@ -312,20 +329,25 @@ def down(settings: Settings, name: str = "pykq") -> bool:
     """
     folder = folder_of(settings, name)
     with locked(folder):
-        machine = find(settings, name)
-        state = read_json(folder / "machine.json")
-        if machine is not None:
-            with suppress(GuestDied):
-                qmp(machine, "quit")
-            deadline = time.monotonic() + 5.0
-            while machine.alive() and time.monotonic() < deadline:
-                time.sleep(0.02)
-            if machine.alive():
-                os.kill(machine.pid, signal.SIGKILL)
-        if state.get("sockets"):
-            shutil.rmtree(state["sockets"], ignore_errors=True)
+        machine = last(settings, name)
+        if machine is None:
+            return False
+        _end(machine)
         (folder / "machine.json").unlink(missing_ok=True)
-    return machine is not None
+    return True
+
+
+def _end(machine: Machine) -> None:
+    """End a guest's QEMU, if it runs, and remove its sockets."""
+    with suppress(GuestDied):
+        if machine.alive():
+            qmp(machine, "quit")
+    deadline = time.monotonic() + 5.0
+    while machine.alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if machine.alive():
+        os.kill(machine.pid, signal.SIGKILL)
+    shutil.rmtree(machine.sockets, ignore_errors=True)
 
 
 def qmp(machine: Machine, command: str, **arguments: Any) -> Any:
