@@ -11,6 +11,7 @@ from typing import Any
 
 from invoke import Collection, Context, Exit, task
 
+from vm import bench as bench_
 from vm import build, config, console, guest, log, qemu, rump, suite
 from vm import run as run_
 from vm.doctor import examine
@@ -119,6 +120,27 @@ def demo(c: Context, source: str = "", toolchain: str = "", name: str = "pykq") 
 
 
 @task(
+    help=BUILD
+    | NAMED
+    | {
+        "loop": "also time an edit of kern_event.c to the verdict of the rules on both rump kernels",
+        "json": "print it as JSON",
+    }
+)
+@command
+def bench(
+    c: Context,
+    source: str = "",
+    toolchain: str = "",
+    name: str = "pykq",
+    loop: bool = False,
+    json: bool = False,
+) -> None:
+    """Measure a tickle beside its rivals, in the guest when it is up and on the rump kernel."""
+    bench_.run(_settings(source=source, toolchain=toolchain), name=name, loop=loop, as_json=json)
+
+
+@task(
     help=GUEST
     | NAMED
     | {
@@ -191,5 +213,5 @@ def _settings(**chosen: str) -> config.Settings:
     return config.load(**chosen)
 
 
-namespace = Collection(build_kernel, build_rump, test, demo, doctor)
+namespace = Collection(build_kernel, build_rump, test, demo, bench, doctor)
 namespace.add_collection(Collection("vm", up, ssh, console_, status, down))

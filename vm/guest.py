@@ -151,20 +151,23 @@ def run_tests(machine: Machine, junit: Path, selection: str = "") -> None:
         raise TestsFailed(what, hint=f"see {junit}")
 
 
-def run_module(machine: Machine, module: str, *arguments: str) -> None:
-    """Run a module of pykq in a guest with its output on the screen."""
+def run_module(machine: Machine, module: str, *arguments: str, show: bool = True) -> str:
+    """Run a module of pykq in a guest; return its output, which show puts on the screen, too."""
     with connect(machine) as connection:
         python = install(connection)
         result = connection.run(
             " ".join([python, "-m", module, *arguments]),
-            out_stream=_Screen(),
-            err_stream=_Screen(),
+            hide=not show,
+            out_stream=_Screen() if show else None,
+            err_stream=_Screen() if show else None,
             warn=True,
             timeout=_TESTS_WITHIN_S,
         )
         machine.raise_if_dead()
         if result.exited:
             raise Failure(f"{module} ended with status {result.exited} in guest {machine.name}")
+        output: str = result.stdout
+        return output
 
 
 def ssh_command(machine: Machine, *command: str) -> list[str]:

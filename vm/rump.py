@@ -19,7 +19,7 @@ from .cache import digest, file_digest, locked, read_json, write_whole
 from .config import Settings
 from .log import BuildFailed, Failure, Step, say, step
 from .run import need, run
-from .source import overlay
+from .source import KERN_EVENT, overlay
 
 # The hypercalls, and the kernel: kqueue, descriptors, pipes and timers are in
 # its base.  No faction (file systems, network, devices) is needed.
@@ -44,12 +44,13 @@ def rump_folder(settings: Settings, variant: str, *, sanitize: bool = False) -> 
 
 
 def build_rump(
-    settings: Settings, variants: Sequence[str] = VARIANTS, *, sanitize: bool = False
+    settings: Settings, variants: Sequence[str] = VARIANTS, *, sanitize: bool = False, edit: bytes = b""
 ) -> dict[str, dict[str, Any]]:
     """Bring the rump kernels up to date and return their manifests; do nothing where nothing has changed.
 
     With sanitize they are built with AddressSanitizer and
-    UndefinedBehaviorSanitizer.  Raises as build_kernels does, and Failure for
+    UndefinedBehaviorSanitizer.  edit is added to the end of kern_event.c in
+    pykq's own copy, for measuring what an edit costs.  Raises as build_kernels does, and Failure for
     a source without rump and a host that is not x86_64 Linux.
     """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
@@ -67,7 +68,8 @@ def build_rump(
     manifests = {}
     with locked(builder.root):
         for variant in variants:
-            texts = fit.patched if variant == "patched" else fit.stock
+            texts = dict(fit.patched if variant == "patched" else fit.stock)
+            texts[KERN_EVENT] += edit
             key = digest(inputs, {name: text.decode("latin-1") for name, text in texts.items()})
             folder = rump_folder(settings, variant, sanitize=sanitize)
             manifest = read_json(folder / "manifest.json")
@@ -100,13 +102,22 @@ def build_rump(
     return manifests
 
 
-def run_module(settings: Settings, module: str) -> None:
-    """Run a module of pykq on the patched rump kernel, which is built when it is not there."""
+def run_module(settings: Settings, module: str, *arguments: str, show: bool = True) -> str:
+    """Run a module of pykq on the patched rump kernel, built when it is not there; return what it prints.
+
+    With show its output goes to the screen instead.
+    """
     build_rump(settings, ["patched"])
-    environment = {**os.environ, "PYKQ_KERNEL": str(rump_folder(settings, "patched"))}
-    done = subprocess.run([sys.executable, "-m", module], env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, "PYKQ_KERNEL": str(rump_folder(settings, "patched"))},
+        stdout=None if show else subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise Failure(f"{module} ended with status {done.returncode} on the rump kernel")
+    return done.stdout or ""
 
 
 def _obj(builder: Builder, variant: str, sanitize: bool) -> Path:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 from rich.table import Table
 
@@ -22,6 +23,9 @@ from .run import need
 # A test that waits for ever is a finding: this ends it, with a traceback.
 _RUMP_WITHIN_S = 600
 
+# What came of a group of tests: the seconds it took, or what went wrong.
+Outcome: TypeAlias = float | Failure
+
 _NO_TESTS = 5  # pytest's exit status when a selection leaves nothing
 
 
@@ -31,43 +35,59 @@ def run(settings: Settings, *, kernels: bool, insist: bool, selection: str = "")
     With insist, a guest that cannot be had is a Failure; else it is left out
     with a line that says how to get it.  Raises TestsFailed when any failed.
     """
-    results: dict[str, str] = {}
-    failures: list[Failure] = []
-
-    def record(name: str, body: Callable[[], None]) -> None:
-        began = time.monotonic()
-        try:
-            body()
-        except Failure as failure:
-            failures.append(failure)
-            results[name] = f"failed: {failure}"
-        else:
-            results[name] = f"passed, {time.monotonic() - began:.1f} s"
-
     missing = _missing_guest(settings)
     if kernels and insist and missing:
         raise Failure("there is no guest to test in", hint=missing)
-    record("host", functools.partial(_host, selection))
+    outcomes = {"host": _attempt(_host, selection)}
+    left_out = {}
     if not kernels:
-        results["kernels"] = "left out: --host"
+        left_out["kernels"] = "--host"
     elif settings.source is None:
-        results["kernels"] = f"left out: {missing}"
+        left_out["kernels"] = missing
     else:
         build_rump(settings)
-        for variant in VARIANTS:
-            record(f"rump kernel, {variant}", functools.partial(_rump, settings, variant, selection))
+        outcomes |= test_rumps(settings, selection)
         if missing:
-            results["guests"] = f"left out: {missing}"
+            left_out["guests"] = missing
         else:
             build_kernels(settings)
             for variant in VARIANTS:
-                record(f"guest, {variant}", functools.partial(_guest, settings, variant, selection))
+                outcomes[f"guest, {variant}"] = _attempt(_guest, settings, variant, selection)
     table = Table("tests", "result", box=None)
-    for name, result in results.items():
-        table.add_row(name, result)
+    for name, outcome in outcomes.items():
+        failed = isinstance(outcome, Failure)
+        table.add_row(name, f"failed: {outcome}" if failed else f"passed, {outcome:.1f} s")
+    for name, reason in left_out.items():
+        table.add_row(name, f"left out: {reason}")
     console.print(table)
-    if failures:
-        raise failures[0]
+    raise_failures(outcomes)
+
+
+def test_rumps(settings: Settings, selection: str = "") -> dict[str, Outcome]:
+    """Run tests/rules on both rump kernels at the same time; return what came of each."""
+    with ThreadPoolExecutor(len(VARIANTS)) as pool:
+        futures = {
+            f"rump kernel, {variant}": pool.submit(_attempt, _rump, settings, variant, selection)
+            for variant in VARIANTS
+        }
+        return {name: future.result() for name, future in futures.items()}
+
+
+def raise_failures(outcomes: Mapping[str, Outcome]) -> None:
+    """Raise the first Failure among outcomes, if there is one."""
+    for outcome in outcomes.values():
+        if isinstance(outcome, Failure):
+            raise outcome
+
+
+def _attempt(body: Callable[..., None], *arguments: object) -> Outcome:
+    """Run something; return the seconds it took, or its Failure."""
+    began = time.monotonic()
+    try:
+        body(*arguments)
+    except Failure as failure:
+        return failure
+    return time.monotonic() - began
 
 
 def _missing_guest(settings: Settings) -> str:
@@ -88,9 +108,12 @@ def _host(selection: str) -> None:
 
 
 def _rump(settings: Settings, variant: str, selection: str) -> None:
-    """Run tests/rules on a rump kernel, in a child process: a crash takes that down, and not this one."""
+    """Run tests/rules on a rump kernel, in a child process: a crash takes that down, and not this one.
+
+    The output is shown at the end, in one piece: both variants are tested at
+    the same time.  Raises TestsFailed.
+    """
     environment = {"PYKQ_KERNEL": str(rump_folder(settings, variant)), "PYKQ_EXPECT": variant}
-    say(f"tests on the {variant} rump kernel")
     _pytest(f"{variant} rump kernel", ["tests/rules"], selection, environment, _RUMP_WITHIN_S)
 
 
@@ -117,10 +140,21 @@ def _pytest(
     command += ["-k", selection] if selection else []
     try:
         done = subprocess.run(
-            command, cwd=guest.ROOT, env={**os.environ, **environment}, timeout=within_s, check=False
+            command,
+            cwd=guest.ROOT,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=within_s,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise TestsFailed(f"tests on the {where} did not end within {within_s:.0f} s") from error
+        shown = error.output.decode(errors="replace") if isinstance(error.output, bytes) else ""
+        what = f"tests on the {where} did not end within {within_s:.0f} s"
+        raise TestsFailed(what, tail=shown) from error
+    say(f"tests on the {where}:\n{done.stdout.rstrip()}")
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise TestsFailed(f"tests on the {where} died of {name}", hint="the traceback is above")
