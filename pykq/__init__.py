@@ -14,7 +14,7 @@ library in this process: ``load_kernel`` says how it is chosen. Nothing is loade
 ``Kqueue`` is opened, so the import works on any system.
 """
 
-from pykq._abi import KQUEUE_TICKLE
+from pykq._abi import KQUEUE_TICKLE, KeventFields
 from pykq._constants import EV, EVFILT, NoteProc, NoteReadWrite, NoteTimer, NoteUser, NoteVnode
 from pykq._kernel import Kernel, KernelUnavailable, TickleNotSupported, load_kernel
 from pykq._kqueue import Events, Kevent, Kqueue, Tickled, tickle
@@ -29,6 +29,7 @@ __all__ = [
     "Kernel",
     "KernelUnavailable",
     "Kevent",
+    "KeventFields",
     "Kqueue",
     "NoteProc",
     "NoteReadWrite",

@@ -12,13 +12,10 @@ from pykq import KQUEUE_TICKLE, Kernel, KernelUnavailable, load_kernel
 
 def describe(kernel: Kernel) -> dict[str, Any]:
     """What the kernel says of itself; asks it on a kqueue of its own."""
+    abi = kernel.abi
     return {
         "kernel": kernel.name,
-        "kevent": {
-            "entry": kernel.abi.entry,
-            "bytes": ctypes.sizeof(kernel.abi.kevent),
-            "since": kernel.abi.since,
-        },
+        "kevent": {"entry": abi.entry, "bytes": ctypes.sizeof(abi.kevent), "since": abi.since},
         "tickle": kernel.has_tickle,
         "filters": filters(kernel),
     }

@@ -88,12 +88,12 @@ class Events(Sequence[KeventFields]):
     ``Kevent``, and change with the next wait into the buffer.
     """
 
-    __slots__ = ("_array", "_bytes", "_codec", "_count", "_reference", "_views", "max_events")
+    __slots__ = ("_array", "_bytes", "_capacity", "_codec", "_count", "_reference", "_views")
 
     def __init__(self, abi: Abi, max_events: int) -> None:
         if not 0 <= max_events <= _MAX_EVENTS:
             raise ValueError(f"max_events must be 0 to {_MAX_EVENTS}, not {max_events}")
-        self.max_events = max_events
+        self._capacity = max_events
         self._array = (abi.kevent * max_events)()
         self._reference = ctypes.byref(self._array)
         self._bytes = memoryview(self._array).cast("B")
@@ -227,23 +227,23 @@ class Kqueue:
         A signal does not end the wait: Python's handlers run, in the main thread, and when they do not raise
         the wait goes on with the time that remains. The GIL is released while it lasts.
         """
-        if into is not None:
-            events = into
-        else:
+        if into is None:
             try:
                 events = self._spare.pop()
             except IndexError:
                 events = self.buffer(max_events)
-            if events.max_events != max_events:
+            if events._capacity != max_events:
                 events = self.buffer(max_events)
+        elif into._codec is self._codec:
+            events = into
+        else:
+            raise ValueError("the buffer belongs to a kqueue of a kernel with another struct kevent")
         try:
             count = -1
             if timeout == 0 and not changes:
                 look = self._look  # calling self._look(...) takes longer, in CPython 3.11
-                count = look(self._fd, None, 0, events._reference, events.max_events, POLL)
-            if count < 0:
-                count = self._wait(changes, events, timeout)
-            events._count = count
+                count = look(self._fd, None, 0, events._reference, events._capacity, POLL)
+            events._count = count if count >= 0 else self._wait(changes, events, timeout)
             if into is not None:
                 return into
             return events.copy() if count else []
@@ -253,6 +253,7 @@ class Kqueue:
 
     def _wait(self, changes: Iterable[Kevent] | None, events: Events, timeout: float | None) -> int:
         """The number of events, when they are there or the time is over."""
+        events._count = 0  # should this raise
         changelist, nchanges = self._pack(changes) if changes else (None, 0)
         timespec, deadline_ns = None, None
         if timeout == 0:
@@ -266,7 +267,7 @@ class Kqueue:
                 deadline_ns = time.monotonic_ns() + timeout_ns
         while True:
             count = self._kevent(
-                self._fd, changelist, nchanges, events._reference, events.max_events, timespec
+                self._fd, changelist, nchanges, events._reference, events._capacity, timespec
             )
             if count >= 0:
                 return count

@@ -6,7 +6,6 @@ kernel is asked. Tests say what a patched kernel does through ``interrupted`` an
 kernel the same tests see that ``tickle`` answers ENOTTY, and that a wait goes on to its timeout.
 """
 
-import ctypes
 import errno
 import faulthandler
 import os
@@ -127,13 +126,11 @@ def raw_kevent(
     changelist, nchanges = kq._pack(changes)
     timespec = None if timeout is None else TIMESPEC.pack(*divmod(round(timeout * 1e9), 10**9))
     kernel = kq.kernel
-    count = kernel.kevent(
-        kq.ident, changelist, nchanges, events._array, ctypes.c_size_t(max_events), timespec
-    )
+    count = kernel.kevent(kq.ident, changelist, nchanges, events._reference, max_events, timespec)
     if count < 0:
         raise kernel.error("kevent")
     events._count = count
-    return list(events)
+    return events.copy()
 
 
 class Waiter:

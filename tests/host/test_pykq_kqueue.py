@@ -25,6 +25,7 @@ class ScriptedKernel(pykq.Kernel):
         self.during_ioctl = lambda: None
         self.kqueues = weakref.WeakValueDictionary()
         self.plain_ioctl = self.ioctl
+        self.look = self.kevent
 
     def kqueue(self):
         return 77
@@ -37,7 +38,7 @@ class ScriptedKernel(pykq.Kernel):
         self.during_ioctl()
 
     def kevent(self, fd, changes, nchanges, events, nevents, timespec):
-        self.calls.append((nchanges.value, timespec, events))
+        self.calls.append((nchanges, timespec, events))
         answer = self.answers.pop(0)
         if isinstance(answer, int):
             return answer
@@ -136,6 +137,23 @@ def test_waits_share_a_buffer_unless_they_overlap():
     kq.kevent(max_events=3, timeout=0)
     first, second, third, of_three = (buffer for *_, buffer in kernel.calls)
     assert first is second is third is not of_three
+
+
+def test_a_buffer_is_empty_after_a_tickle():
+    kq = pykq.Kqueue(ScriptedKernel(1, "EINTR"))
+    events = kq.buffer()
+    assert len(kq.kevent(into=events)) == 1
+    kq.tickle()
+    with pytest.raises(pykq.Tickled):
+        kq.kevent(into=events)
+    assert len(events) == 0
+
+
+def test_a_buffer_for_another_struct_kevent_is_refused():
+    other = ScriptedKernel()
+    other.abi = _abi.ABIS[1]
+    with pytest.raises(ValueError, match="another struct kevent"):
+        pykq.Kqueue(ScriptedKernel()).kevent(into=pykq.Kqueue(other).buffer())
 
 
 @given(timeout=st.floats(0, 1e8, exclude_min=True))

@@ -167,8 +167,8 @@ def test_work_that_is_announced_by_a_tickle_is_never_left_lying(
 def test_a_signal_does_not_end_a_wait(kq, once_asleep, handler, short_s):
     once_asleep(signal_the_main_thread)
     start = time.monotonic()
-    assert kq.kevent(timeout=5 * short_s) == []
-    assert time.monotonic() - start >= 5 * short_s
+    assert kq.kevent(timeout=10 * short_s) == []
+    assert time.monotonic() - start >= 10 * short_s - 0.02  # two ticks of the kernel's clock
     assert handler == [threading.main_thread()]
 
 
@@ -182,12 +182,13 @@ def test_the_handler_runs_during_the_wait(kq, pipe, once_asleep):
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_changes_are_applied_once_although_a_signal_restarts_the_wait(kq, pipe, once_asleep, handler):
+def test_changes_are_applied_once_although_a_signal_restarts_the_wait(
+    kq, pipe, once_asleep, handler, short_s
+):
     kq.kevent([Kevent(pipe[0])], 0)
     once_asleep(signal_the_main_thread)
-    assert kq.kevent([Kevent(pipe[0], EVFILT.READ, EV.DELETE)], timeout=0.5) == [], (
-        "a second DELETE would fail"
-    )
+    delete = Kevent(pipe[0], EVFILT.READ, EV.DELETE)
+    assert kq.kevent([delete], timeout=10 * short_s) == [], "a second DELETE would fail"
     assert handler
 
 
@@ -417,8 +418,10 @@ def test_a_buffer_is_filled_again_and_again(kq, pipe):
     kq.kevent([Kevent(pipe[0], udata=1)], 0)
     kq.kernel.write(pipe[1], b"x")
     assert kq.kevent(into=events) is events
-    assert len(events) == 1 and list(events) == [events[0]] == events[:]
-    assert events[0].ident == pipe[0]
+    assert len(events) == 1
+    assert [(event.ident, event.data) for event in events] == [(pipe[0], 1)]
+    assert events.copy() == [Kevent(pipe[0], EVFILT.READ, EV.ADD, data=1, udata=1)]
+    assert "EVFILT.READ" in repr(events[-1])
     with pytest.raises(IndexError):
         events[1]
     kq.kernel.read(pipe[0], 1)
