@@ -101,7 +101,11 @@ class Kernel:
         os.register_at_fork(after_in_child=self._forked)
 
     def error(self, call: str) -> OSError:
-        """The exception for what failed last in this thread."""
+        """The exception for what failed last in this thread.
+
+        In the main thread a signal handler may have run in between: a ctypes call of its own that failed
+        would be taken for ours. CPython gives no way to look before it.
+        """
         number = ctypes.get_errno()
         return OSError(number, f"{call}: {os.strerror(number)}")
 

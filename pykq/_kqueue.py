@@ -162,6 +162,8 @@ class Kqueue:
         self = cls.__new__(cls)
         self._prepare(load_kernel(kernel), on_tickle)
         # With no room for events kevent does not scan: this says that fd is a kqueue, and consumes no tickle.
+        if not 0 <= fd < 1 << 31:  # which ctypes would cut down to a C int
+            raise OSError(errno.EBADF, f"kevent: {os.strerror(errno.EBADF)}")
         if self._kevent(fd, None, 0, None, 0, POLL) < 0:
             raise self.kernel.error("kevent")
         self._own(fd)
@@ -243,7 +245,9 @@ class Kqueue:
             if timeout == 0 and not changes:
                 look = self._look  # calling self._look(...) takes longer, in CPython 3.11
                 count = look(self._fd, None, 0, events._reference, events._capacity, POLL)
-            events._count = count if count >= 0 else self._wait(changes, events, timeout)
+            if count < 0:  # to be waited for; or the look failed, and this will raise what it failed for
+                count = self._wait(changes, events, timeout)
+            events._count = count
             if into is not None:
                 return into
             return events.copy() if count else []

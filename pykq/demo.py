@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pykq
 
 PAUSE_S = 0.5  # for the reader to follow; no result depends on it
-ROUNDS = 500
+ROUNDS = 100
 
 
 def interrupt_a_wait(kernel: pykq.Kernel) -> None:
@@ -29,9 +29,9 @@ def interrupt_a_wait(kernel: pykq.Kernel) -> None:
         outcome = returned.result()
         print(f"   ... and {1e6 * (returned.at - sent):.0f} us later kevent is back: {outcome}.")
         print("   The pipe is as empty as before: no byte was sent, no signal, no event.")
-        latencies_us = sorted(1e6 * wake_up(kq) for _ in range(ROUNDS))
-        median, p99 = statistics.median(latencies_us), latencies_us[ROUNDS * 99 // 100]
-        print(f"   The same {ROUNDS} times: median {median:.0f} us, 99 of 100 below {p99:.0f} us.")
+        latencies_us = [1e6 * wake_up(kq) for _ in range(ROUNDS)]
+        median = statistics.median(latencies_us)
+        print(f"   The same {ROUNDS} times: median {median:.0f} us, the slowest {max(latencies_us):.0f} us.")
         kernel.close(reader)
         kernel.close(writer)
 

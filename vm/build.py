@@ -26,6 +26,9 @@ PLATFORM = "x86_64--netbsd"
 VARIANTS = ("stock", "patched")
 CONFIGS = Path(__file__).resolve().parent / "kernel"
 
+# How make's output says that an object is compiled.
+COMPILED = re.compile(r"^\s*#?\s*compile\s")
+
 # What a kernel, a rump kernel and an image do not need.
 _LESS = dict.fromkeys(
     ["MKCTF", "MKDOC", "MKDTRACE", "MKGROFF", "MKHTML", "MKINFO", "MKLINT", "MKMAN", "MKNLS", "MKX11"],
@@ -149,7 +152,7 @@ def build_tools(builder: Builder) -> None:
     if builder.settings.toolchain == "clang":
         _wrap_llvm(builder.root / "llvm" / "bin")
     with step(f"host tools for NetBSD {builder.source.version}") as work:
-        seen = _Counter(work, re.compile(r"^\S*\s*(?:install|create|compile|link|build)\s+\S*/"))
+        seen = Counter(work, re.compile(r"^\S*\s*(?:install|create|compile|link|build)\s+\S*/"))
         run(
             builder.build_sh(builder.source.top, "tools", "tools"),
             cwd=builder.source.top,
@@ -245,7 +248,7 @@ def _make_kernel(
 ) -> tuple[Path, int]:
     """Run build.sh for one kernel; return the kernel and how many objects were compiled."""
     tree = builder.tree(variant)
-    compiled = _Counter(work, re.compile(r"^\s*#?\s*compile\s"), expected)
+    compiled = Counter(work, COMPILED, expected)
     run(
         builder.build_sh(tree, variant, *builder.kernel_words(variant, config)),
         cwd=tree,
@@ -259,7 +262,7 @@ def _make_kernel(
     return built, compiled.count
 
 
-class _Counter:
+class Counter:
     """Counts the lines of output that match, and shows the count."""
 
     def __init__(self, work: Step, pattern: re.Pattern[str], expected: int = 0) -> None:

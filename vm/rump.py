@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from . import patches
-from .build import VARIANTS, Builder, build_tools, select
+from .build import COMPILED, VARIANTS, Builder, Counter, build_tools, select
 from .cache import digest, file_digest, locked, read_json, write_whole
 from .config import Settings
-from .log import BuildFailed, Failure, Step, say, step
+from .log import BuildFailed, Failure, say, step
 from .run import need, run
 from .source import KERN_EVENT, overlay
 
@@ -65,8 +65,9 @@ def build_rump(
         "fingerprint": builder.source.fingerprint(),
         "sanitize": sanitize,
     }
-    manifests = {}
+    manifests: dict[str, dict[str, Any]] = {}
     with locked(builder.root):
+        pending = {}
         for variant in variants:
             texts = dict(fit.patched if variant == "patched" else fit.stock)
             texts[KERN_EVENT] += edit
@@ -76,13 +77,23 @@ def build_rump(
             if manifest.get("key") == key and all((folder / f"{name}.so").exists() for name in _LIBRARIES):
                 say(f"{variant} rump kernel: up to date ({folder})")
                 manifests[variant] = manifest
-                continue
-            need("gcc", "ar", "objcopy")
-            build_tools(builder)
-            with step(f"{variant} rump kernel, NetBSD {builder.source.version}") as work:
+            else:
+                pending[variant] = (key, texts)
+        if not pending:
+            return manifests
+        need("gcc", "ar", "objcopy")
+        build_tools(builder)
+        with step(f"{' and '.join(pending)} rump kernel, NetBSD {builder.source.version}") as work:
+            for variant, (_, texts) in pending.items():
                 overlay(builder.source, builder.tree(variant), texts)
-                objects = sum(_make(builder, variant, name, sanitize, work) for name in _LIBRARIES)
-                work.note = f"{objects} objects"
+            counter = Counter(work, COMPILED)
+            with ThreadPoolExecutor(len(pending)) as pool:
+                makes = [pool.submit(_make, builder, variant, sanitize, counter) for variant in pending]
+                for make in makes:
+                    make.result()
+            work.note = f"{counter.count} objects"
+        for variant, (key, _) in pending.items():
+            folder = rump_folder(settings, variant, sanitize=sanitize)
             manifests[variant] = {
                 "key": key,
                 "variant": variant,
@@ -133,8 +144,21 @@ def _library(builder: Builder, variant: str, name: str, sanitize: bool) -> Path:
     return library
 
 
-def _make(builder: Builder, variant: str, name: str, sanitize: bool, work: Step) -> int:
-    """Build one library with NetBSD's make and makefiles, for this host; return the number of objects."""
+def _make(builder: Builder, variant: str, sanitize: bool, on_line: Callable[[str], object]) -> None:
+    """Build the libraries of a variant."""
+    for name in _LIBRARIES:
+        command = _make_command(builder, variant, name, sanitize)
+        for target in ("depend", "realall"):
+            run(
+                [*command, target],
+                cwd=builder.tree(variant) / "lib" / name,
+                log=builder.log(f"rump-{variant}"),
+                on_line=on_line,
+            )
+
+
+def _make_command(builder: Builder, variant: str, name: str, sanitize: bool) -> list[str]:
+    """Return the command that runs NetBSD's make and makefiles to build a library for this host."""
     tree, obj = builder.tree(variant), _obj(builder, variant, sanitize)
     (obj / name).mkdir(parents=True, exist_ok=True)
     compiler = "gcc -Wa,--noexecstack -Wl,-z,defs"
@@ -143,14 +167,6 @@ def _make(builder: Builder, variant: str, name: str, sanitize: bool, work: Step)
     debug = "-O2 -g -w"
     if name == "librumpuser":
         debug += f" -DRUMPUSER_CONFIG=1 -I{_configure(tree, obj)} -I{tree}/sys/rump/include"
-    compiled, pattern = 0, re.compile(r"^\s*#?\s*compile\s")
-
-    def count(line: str) -> None:
-        nonlocal compiled
-        if pattern.match(line):
-            compiled += 1
-            work.update(f"{name}, {compiled} objects")
-
     command = ["env", "-i", "PATH=/usr/bin:/bin", "LC_ALL=C", f"MAKEOBJDIR={obj}/${{.CURDIR:T}}"]
     command += [str(builder.tools / "bin" / "nbmake")]
     command += ["-m", str(tree / "share/mk")]
@@ -167,14 +183,7 @@ def _make(builder: Builder, variant: str, name: str, sanitize: bool, work: Step)
     command += ["MKPROFILE=no", "MKSTATICLIB=no", "USE_SSP=no"]
     # A library of the host needs none of NetBSD's start files, nor its libpthread.
     command += ["SHLIB_LDSTARTFILE=", "SHLIB_LDENDFILE=", "LIBDO.pthread=_external"]
-    for target in ("depend", "realall"):
-        run(
-            [*command, target],
-            cwd=tree / "lib" / name,
-            log=builder.log(f"rump-{variant}"),
-            on_line=count,
-        )
-    return compiled
+    return command
 
 
 def _configure(tree: Path, obj: Path) -> Path:

@@ -63,11 +63,11 @@ def run(settings: Settings, *, kernels: bool, insist: bool, selection: str = "")
     raise_failures(outcomes)
 
 
-def test_rumps(settings: Settings, selection: str = "") -> dict[str, Outcome]:
-    """Run tests/rules on both rump kernels at the same time; return what came of each."""
+def test_rumps(settings: Settings, selection: str = "", tests: str = "tests/rules") -> dict[str, Outcome]:
+    """Run tests on both rump kernels at the same time; return what came of each."""
     with ThreadPoolExecutor(len(VARIANTS)) as pool:
         futures = {
-            f"rump kernel, {variant}": pool.submit(_attempt, _rump, settings, variant, selection)
+            f"rump kernel, {variant}": pool.submit(_attempt, _rump, settings, variant, selection, tests)
             for variant in VARIANTS
         }
         return {name: future.result() for name, future in futures.items()}
@@ -107,14 +107,14 @@ def _host(selection: str) -> None:
     _pytest("host", ["tests/host"], selection, {})
 
 
-def _rump(settings: Settings, variant: str, selection: str) -> None:
-    """Run tests/rules on a rump kernel, in a child process: a crash takes that down, and not this one.
+def _rump(settings: Settings, variant: str, selection: str, tests: str) -> None:
+    """Run tests on a rump kernel, in a child process: a crash takes that down, and not this one.
 
     The output is shown at the end, in one piece: both variants are tested at
     the same time.  Raises TestsFailed.
     """
     environment = {"PYKQ_KERNEL": str(rump_folder(settings, variant)), "PYKQ_EXPECT": variant}
-    _pytest(f"{variant} rump kernel", ["tests/rules"], selection, environment, _RUMP_WITHIN_S)
+    _pytest(f"{variant} rump kernel", [tests], selection, environment, _RUMP_WITHIN_S)
 
 
 def _guest(settings: Settings, variant: str, selection: str) -> None:

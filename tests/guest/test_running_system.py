@@ -1,6 +1,7 @@
 """What needs a whole NetBSD: select.kqueue, select and poll, the kernel's view of signals, fork and exec."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -8,6 +9,7 @@ import resource
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -82,6 +84,31 @@ def test_t8_an_event_does(kq, pipe):
     kq.kevent([Kevent(pipe[0])], 0)
     os.write(pipe[1], b"x")
     assert select.select([kq], [], [], LONG_S) == ([kq], [], [])
+
+
+def test_t9_a_tickle_allocates_no_memory(kq, tickle, tickling):
+    """By the kernel's own count, to which the rest of the system adds a little. A stock kernel allocates
+    room for
+    a filter's name before it looks at the command."""
+    tickles = 1000
+    before = kernel_allocations()
+    for _ in range(tickles):
+        tickle(kq)
+    allocated = kernel_allocations() - before
+    assert allocated < tickles / 2 if tickling else allocated >= tickles
+
+
+def kernel_allocations():
+    """How often kmem(9) has been asked for memory: struct pool_sysctl of sys/pool.h, a name and 26
+    numbers, of
+    which the last two count the requests to a pool's caches."""
+    pool = struct.Struct("@16s26Q")
+    buffer = ctypes.create_string_buffer(2000 * pool.size)
+    size = ctypes.c_size_t(len(buffer))
+    libc = ctypes.CDLL(None)
+    assert libc.sysctlbyname(b"kern.pool", buffer, ctypes.byref(size), None, ctypes.c_size_t(0)) == 0
+    pools = pool.iter_unpack(buffer[: size.value])
+    return sum(misses + hits for name, *_, misses, hits in pools if name.startswith(b"kmem-"))
 
 
 def test_the_kernel_says_eintr_for_a_signal(kq, raw, once_asleep):

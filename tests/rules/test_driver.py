@@ -286,7 +286,7 @@ def test_taking_over_consumes_no_tickle(kernel, raw, patched):
         raw(kq, timeout=LONG_S)
 
 
-@pytest.mark.parametrize("descriptor", ["a pipe", -1, 1 << 20])
+@pytest.mark.parametrize("descriptor", ["a pipe", -1, 1 << 20, 1 << 32])
 def test_what_is_no_kqueue_cannot_be_taken_over(kernel, pipe, descriptor):
     with pytest.raises(OSError) as caught:
         pykq.Kqueue.from_fd(pipe[0] if descriptor == "a pipe" else descriptor, kernel)
@@ -316,9 +316,8 @@ def test_a_child_process_is_told_that_it_has_no_kqueue(kernel, kq):
 
 
 def test_a_process_can_end_while_a_thread_waits(kernel):
-    run_python(
-        "-c", "import pykq, threading; threading.Thread(target=pykq.Kqueue().kevent, daemon=True).start()"
-    )
+    thread = "threading.Thread(target=kq.kevent, daemon=True).start()"
+    assert run_python("-c", f"import pykq, threading; kq = pykq.Kqueue(); {thread}").stderr == ""
 
 
 # Arguments.

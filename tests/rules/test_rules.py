@@ -1,8 +1,8 @@
 """The rules T1 to T10 (README, "The tickle"), as the kernel keeps them: its bare kevent and ioctl,
 without pykq's part.
 
-Each test runs on every kernel there is, see tests/conftest.py. T9, that the ioctl is cheap, is measured by
-``invoke bench``: no return value tells whether the kernel allocated memory.
+Each test runs on every kernel there is, see tests/conftest.py. T9, that the ioctl is cheap, is in
+tests/guest, where the kernel counts its allocations, and in ``invoke bench``.
 """
 
 import errno
