@@ -77,6 +77,7 @@ def build_rump(c: Context, source: str = "", toolchain: str = "", sanitize: bool
     | {
         "guest": "a missing guest is an error",
         "host": "host tests only, no kernels",
+        "sanitize": "take the rump kernels with AddressSanitizer and UndefinedBehaviorSanitizer",
         "select": "run the tests whose names match, as pytest -k",
     }
 )
@@ -90,13 +91,14 @@ def test(
     config: str = "",
     guest: bool = False,
     host: bool = False,
+    sanitize: bool = False,
     select: str = "",
 ) -> None:
     """Run the tests on the host, on the rump kernels and in the guests."""
     settings = _settings(
         source=source, sets=sets, python=python, toolchain=toolchain, kernel_config=config
     )
-    suite.run(settings, kernels=not host, insist=guest, selection=select)
+    suite.run(settings, kernels=not host, insist=guest, selection=select, sanitize=sanitize)
 
 
 @task(help={"install": "install what is missing (apt-get, sudo when not root)", "json": "print it as JSON"})

@@ -125,6 +125,13 @@ class Events(Sequence[KeventFields]):
         return f"Events({self.copy()})"
 
 
+def _nanoseconds(timeout: float) -> int | None:
+    """A timeout in nanoseconds, rounded up so that a short wait is no look; None for one without end."""
+    if not timeout > 0:  # so that NaN is caught as well
+        raise ValueError(f"timeout must be None or seconds from 0 up, not {timeout!r}")
+    return math.ceil(timeout * 1e9) if timeout <= _FOREVER_S else None
+
+
 class Kqueue:
     """A kqueue: a kernel object that watches many things, and ``kevent`` to wait for what happens to them.
 
@@ -262,13 +269,9 @@ class Kqueue:
         timespec, deadline_ns = None, None
         if timeout == 0:
             timespec, deadline_ns = POLL, 0
-        elif timeout is not None:
-            if not timeout > 0:  # so that NaN is caught as well
-                raise ValueError(f"timeout must be None or seconds from 0 up, not {timeout!r}")
-            if timeout <= _FOREVER_S:
-                timeout_ns = math.ceil(timeout * 1e9)  # up: a short wait must not become a look
-                timespec = TIMESPEC.pack(*divmod(timeout_ns, 1_000_000_000))
-                deadline_ns = time.monotonic_ns() + timeout_ns
+        elif timeout is not None and (timeout_ns := _nanoseconds(timeout)) is not None:
+            timespec = TIMESPEC.pack(*divmod(timeout_ns, 1_000_000_000))
+            deadline_ns = time.monotonic_ns() + timeout_ns
         while True:
             count = self._kevent(
                 self._fd, changelist, nchanges, events._reference, events._capacity, timespec

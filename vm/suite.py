@@ -17,7 +17,7 @@ from . import guest, qemu
 from .build import VARIANTS, build_kernels
 from .config import Settings
 from .log import Failure, TestsFailed, console, say, step
-from .rump import build_rump, rump_folder
+from .rump import build_rump, rump_folder, sanitizer_environment
 from .run import need
 
 # A test that waits for ever is a finding: this ends it, with a traceback.
@@ -29,8 +29,13 @@ Outcome: TypeAlias = float | Failure
 _NO_TESTS = 5  # pytest's exit status when a selection leaves nothing
 
 
-def run(settings: Settings, *, kernels: bool, insist: bool, selection: str = "") -> None:
+def run(
+    settings: Settings, *, kernels: bool, insist: bool, selection: str = "", sanitize: bool = False
+) -> None:
     """Run the host tests, then the rules on every kernel there is, and say at the end what ran.
+
+    With sanitize the rump kernels are those with AddressSanitizer and
+    UndefinedBehaviorSanitizer.
 
     With insist, a guest that cannot be had is a Failure; else it is left out
     with a line that says how to get it.  Raises TestsFailed when any failed.
@@ -45,8 +50,8 @@ def run(settings: Settings, *, kernels: bool, insist: bool, selection: str = "")
     elif settings.source is None:
         left_out["kernels"] = missing
     else:
-        build_rump(settings)
-        outcomes |= test_rumps(settings, selection)
+        build_rump(settings, sanitize=sanitize)
+        outcomes |= test_rumps(settings, selection, sanitize=sanitize)
         if missing:
             left_out["guests"] = missing
         else:
@@ -63,11 +68,15 @@ def run(settings: Settings, *, kernels: bool, insist: bool, selection: str = "")
     raise_failures(outcomes)
 
 
-def test_rumps(settings: Settings, selection: str = "", tests: str = "tests/rules") -> dict[str, Outcome]:
+def test_rumps(
+    settings: Settings, selection: str = "", tests: str = "tests/rules", *, sanitize: bool = False
+) -> dict[str, Outcome]:
     """Run tests on both rump kernels at the same time; return what came of each."""
     with ThreadPoolExecutor(len(VARIANTS)) as pool:
         futures = {
-            f"rump kernel, {variant}": pool.submit(_attempt, _rump, settings, variant, selection, tests)
+            f"rump kernel, {variant}": pool.submit(
+                _attempt, _rump, settings, variant, selection, tests, sanitize
+            )
             for variant in VARIANTS
         }
         return {name: future.result() for name, future in futures.items()}
@@ -107,13 +116,16 @@ def _host(selection: str) -> None:
     _pytest("host", ["tests/host"], selection, {})
 
 
-def _rump(settings: Settings, variant: str, selection: str, tests: str) -> None:
+def _rump(settings: Settings, variant: str, selection: str, tests: str, sanitize: bool) -> None:
     """Run tests on a rump kernel, in a child process: a crash takes that down, and not this one.
 
     The output is shown at the end, in one piece: both variants are tested at
     the same time.  Raises TestsFailed.
     """
-    environment = {"PYKQ_KERNEL": str(rump_folder(settings, variant)), "PYKQ_EXPECT": variant}
+    folder = rump_folder(settings, variant, sanitize=sanitize)
+    environment = {"PYKQ_KERNEL": str(folder), "PYKQ_EXPECT": variant}
+    if sanitize:
+        environment |= sanitizer_environment()
     _pytest(f"{variant} rump kernel", [tests], selection, environment, _RUMP_WITHIN_S)
 
 

@@ -85,6 +85,25 @@ def test_events_win_and_consume_the_tickle(kq, pipe, patched):
     assert kq.kevent(timeout=SHORT_S) == []
 
 
+def test_a_tickle_is_not_lost_when_events_end_a_wait_before_its_ioctl(kq, pipe, patched):
+    """The moment between what tickle() notes and what the kernel notes, held open."""
+    kq.kevent([Kevent(pipe[0])], 0)
+    ioctl, came_first = kq._ioctl, []
+
+    def wait_and_then(fd, request):
+        kq.kernel.write(pipe[1], b"x")
+        came_first.extend(kq.kevent(timeout=LONG_S))
+        kq.kernel.read(pipe[0], 1)
+        return ioctl(fd, request)
+
+    kq._ioctl = wait_and_then
+    kq.tickle()
+    kq._ioctl = ioctl
+    assert [event.ident for event in came_first] == [pipe[0]]
+    with pytest.raises(pykq.Tickled):
+        kq.kevent(timeout=LONG_S)
+
+
 def test_on_tickle_is_called_in_the_waiting_thread(kernel, waiter, patched):
     called_in = []
     with pykq.Kqueue(kernel, on_tickle=lambda: called_in.append(threading.current_thread())) as kq:
