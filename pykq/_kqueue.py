@@ -306,11 +306,12 @@ class Kqueue:
         that a tickle which events consumed leaves ``_tickled`` set, and the next signal is reported as a
         tickle: once too often. An ioctl that did not come through pykq passes for a signal.
         """
-        error = self.kernel.error("kevent")
-        if self._fd < 0:
-            raise ValueError(self._closed_text)
-        if error.errno != errno.EINTR:
-            raise error
+        if ctypes.get_errno() != errno.EINTR or self._fd < 0:
+            error = self.kernel.error("kevent")
+            if self._fd < 0:
+                raise ValueError(self._closed_text)
+            if error.errno != errno.EINTR:
+                raise error
         if not self._tickled:
             return False
         self._tickled = False
