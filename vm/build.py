@@ -183,7 +183,7 @@ def build_kernels(settings: Settings, variants: Sequence[str] = VARIANTS) -> dic
     manifests = {}
     with locked(builder.root):
         for variant in variants:
-            texts = fit.patched if variant == "patched" else fit.stock
+            texts = fit.texts(variant)
             key = digest(inputs, {name: text.decode("latin-1") for name, text in texts.items()})
             folder = kernel_folder(builder, variant)
             manifest = read_json(folder / "manifest.json")
@@ -195,20 +195,14 @@ def build_kernels(settings: Settings, variants: Sequence[str] = VARIANTS) -> dic
                 need("clang", "clang++", "ld", "objcopy")
             build_tools(builder)
             with step(f"{variant} kernel {config.name}, NetBSD {builder.source.version}") as work:
-                began = time.time()
                 overlay(builder.source, builder.tree(variant), texts)
                 built, objects = _make_kernel(builder, variant, config, work, manifest.get("objects", 0))
             manifests[variant] = {
                 "key": key,
-                "variant": variant,
-                "netbsd": builder.source.version,
-                "kern_event": builder.source.revision,
-                "port": fit.port.name if variant == "patched" else None,
-                "port_sha256": file_digest(fit.port.path) if variant == "patched" else None,
+                **provenance(builder.source, fit, variant),
                 "config": config.name,
                 "compiler": _compiler(builder),
                 "objects": max(objects, manifest.get("objects", 0)),
-                "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
                 "seconds": round(work.seconds, 1),
                 "pvh": pvh(built),
                 "sha256": file_digest(built),
@@ -219,6 +213,19 @@ def build_kernels(settings: Settings, variants: Sequence[str] = VARIANTS) -> dic
             write_whole(folder / "netbsd", built.read_bytes(), 0o755)
             write_whole(folder / "manifest.json", json.dumps(manifests[variant], indent=1))
     return manifests
+
+
+def provenance(source: Source, fit: patches.Fit, variant: str) -> dict[str, Any]:
+    """Say for a manifest what a kernel, or a rump kernel, is made from."""
+    patched = variant == "patched"
+    return {
+        "variant": variant,
+        "netbsd": source.version,
+        "kern_event": source.revision,
+        "port": fit.port.name if patched else None,
+        "port_sha256": file_digest(fit.port.path) if patched else None,
+        "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def show(settings: Settings) -> None:

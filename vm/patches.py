@@ -40,6 +40,10 @@ class Fit:
     stock: dict[str, bytes]
     already: bool  # the source has the patch
 
+    def texts(self, variant: str) -> dict[str, bytes]:
+        """Return the files as the stock or the patched variant has them."""
+        return self.patched if variant == "patched" else self.stock
+
 
 class NoFit(Exception):
     """A port does not apply; the argument has the hunks that do not."""

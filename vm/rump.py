@@ -7,15 +7,14 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from . import patches
-from .build import COMPILED, VARIANTS, Builder, Counter, build_tools, select
-from .cache import digest, file_digest, locked, read_json, write_whole
+from .build import COMPILED, VARIANTS, Builder, Counter, build_tools, provenance, select
+from .cache import digest, locked, read_json, write_whole
 from .config import Settings
 from .log import BuildFailed, Failure, say, step
 from .run import need, run
@@ -71,7 +70,7 @@ def build_rump(
     with locked(builder.root):
         pending = {}
         for variant in variants:
-            texts = dict(fit.patched if variant == "patched" else fit.stock)
+            texts = dict(fit.texts(variant))
             texts[KERN_EVENT] += edit
             key = digest(inputs, {name: text.decode("latin-1") for name, text in texts.items()})
             folder = rump_folder(settings, variant, sanitize=sanitize)
@@ -98,13 +97,8 @@ def build_rump(
             folder = rump_folder(settings, variant, sanitize=sanitize)
             manifests[variant] = {
                 "key": key,
-                "variant": variant,
-                "netbsd": builder.source.version,
-                "kern_event": builder.source.revision,
-                "port": fit.port.name if variant == "patched" else None,
-                "port_sha256": file_digest(fit.port.path) if variant == "patched" else None,
+                **provenance(builder.source, fit, variant),
                 "seconds": round(work.seconds, 1),
-                "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 **inputs,
             }
             (folder / "manifest.json").unlink(missing_ok=True)
