@@ -21,7 +21,7 @@ from typing import Any
 from qemu.qmp import QMPClient, QMPError
 
 from .backtrace import with_names
-from .build import kernel_folder, select
+from .build import VARIANTS, kernel_folder, select
 from .cache import locked, read_json, write_whole
 from .config import Settings
 from .image import Image, build_image
@@ -210,6 +210,8 @@ def up(
     console lines, when QEMU ends, the kernel panics or drops into ddb, or
     sshd does not listen within two minutes.
     """
+    if variant not in VARIANTS:
+        raise Failure(f"there is no kernel {variant!r}", hint=" or ".join(VARIANTS))
     folder = folder_of(settings, name)
     builder = select(settings)
     kernel = kernel_folder(builder, variant) / "netbsd"
