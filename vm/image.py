@@ -31,6 +31,7 @@ _FILES = {
     "boot.cfg": ("boot.cfg", 0o644),
     "environment": ("root/.ssh/environment", 0o600),
     "fstab": ("etc/fstab", 0o644),
+    "pam_login": ("etc/pam.d/login", 0o644),
     "rc": ("etc/rc", 0o755),
     "sshd_config": ("etc/ssh/sshd_config", 0o600),
     "ttys": ("etc/ttys", 0o644),
