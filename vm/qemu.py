@@ -159,9 +159,7 @@ def status(settings: Settings, name: str, *, as_json: bool = False) -> bool:
     return up
 
 
-def command_line(
-    machine: Machine, disk: Path, *, memory_mib: int, cpus: int, sandbox: bool = True
-) -> list[str]:
+def command_line(machine: Machine, disk: Path, *, memory_mib: int, cpus: int) -> list[str]:
     """Return the QEMU command, an option and its value beside each other."""
     accelerator = "tcg,thread=multi" if machine.accelerator == "tcg" else machine.accelerator
     forward = f"hostfwd=tcp:127.0.0.1:{machine.ssh_port}-:22"
@@ -186,8 +184,7 @@ def command_line(
     line += ["-netdev", f"user,id=net,restrict=on,ipv6=off,{forward}"]
     line += ["-device", "virtio-net-pci,netdev=net,romfile="]
     line += ["-device", "virtio-rng-pci"]
-    if sandbox:
-        line += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    line += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     if machine.boot == "pvh":
         line += ["-kernel", machine.kernel]
         line += ["-append", "console=com root=ld0a"]
