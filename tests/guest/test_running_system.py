@@ -18,6 +18,7 @@ import pytest
 
 import pykq
 from pykq import EV, EVFILT, Kevent, NoteProc, NoteVnode
+from pykq._abi import io
 
 LONG_S = 30.0
 
@@ -87,15 +88,24 @@ def test_t8_an_event_does(kq, pipe):
 
 
 def test_t9_a_tickle_allocates_no_memory(kq, tickle, tickling):
-    """By the kernel's own count, to which the rest of the system adds a little. A stock kernel allocates
-    room for
-    a filter's name before it looks at the command."""
-    tickles = 1000
-    before = kernel_allocations()
-    for _ in range(tickles):
-        tickle(kq)
-    allocated = kernel_allocations() - before
-    assert allocated < tickles / 2 if tickling else allocated >= tickles
+    """By the kernel's own count, to which the rest of the system adds a little. Any other ioctl, and so a
+    tickle on a stock kernel, allocates room for a filter's name before the command is looked at."""
+    times = 1000
+
+    def allocated(body):
+        before = kernel_allocations()
+        for _ in range(times):
+            body()
+        return kernel_allocations() - before
+
+    def unknown():
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(kq, io("k", 99))
+
+    if allocated(unknown) < times:
+        pytest.skip("this kernel's count leaves out what its caches hand out")
+    counted = allocated(lambda: tickle(kq))
+    assert counted < times / 2 if tickling else counted >= times
 
 
 def kernel_allocations():
