@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import shlex
 import sys
 import tarfile
 import threading
@@ -133,7 +134,7 @@ def run_tests(machine: Machine, junit: Path, selection: str = "") -> None:
     """
     with connect(machine) as connection:
         python = install(connection, PYKQ_EXPECT=machine.variant)
-        chosen = f"-k '{selection}'" if selection else ""
+        chosen = f"-k {shlex.quote(selection)}" if selection else ""
         result = connection.run(
             f"{python} -m pytest -c /dev/null --rootdir . -p no:cacheprovider --import-mode=importlib -ra -q"
             f" --junitxml=/tmp/junit.xml {chosen} tests/rules tests/guest",

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,11 +88,20 @@ def build_rump(
         with step(f"{' and '.join(pending)} rump kernel, NetBSD {builder.source.version}") as work:
             for variant, (_, texts) in pending.items():
                 overlay(builder.source, builder.tree(variant), texts)
-            counter = Counter(work, COMPILED)
+            counter, stop = Counter(work, COMPILED), threading.Event()
+
+            def on_line(line: str) -> None:
+                if stop.is_set():  # Ctrl-C, or the other variant failed: run() ends its make
+                    raise BuildFailed("stopped")
+                counter(line)
+
             with ThreadPoolExecutor(len(pending)) as pool:
-                makes = [pool.submit(_make, builder, variant, sanitize, counter) for variant in pending]
-                for make in makes:
-                    make.result()
+                makes = [pool.submit(_make, builder, variant, sanitize, on_line) for variant in pending]
+                try:
+                    for make in makes:
+                        make.result()
+                finally:
+                    stop.set()
             work.note = f"{counter.count} objects"
         for variant, (key, _) in pending.items():
             folder = rump_folder(settings, variant, sanitize=sanitize)
