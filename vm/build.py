@@ -7,24 +7,28 @@ import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import patches
 from .cache import digest, file_digest, locked, read_json, write_whole
 from .config import Settings
-from .log import BuildFailed, Failure, Step, say, step
-from .run import need, run
-from .source import Source, identify, overlay
+from .log import BuildFailed, Failure, Step, say, step, timed
+from .run import need, run, side_by_side
+from .source import KERN_EVENT, Source, identify, overlay
 
 MACHINE = "amd64"
 PLATFORM = "x86_64--netbsd"
 VARIANTS = ("stock", "patched")
 CONFIGS = Path(__file__).resolve().parent / "kernel"
+
+JOBS = f"-j{os.cpu_count() or 1}"
 
 # How make's output says that an object is compiled.
 COMPILED = re.compile(r"^\s*#?\s*compile\s")
@@ -81,10 +85,6 @@ class Builder:
         """The overlay that a variant is built from."""
         return self.root / "tree" / variant
 
-    def log(self, name: str) -> Path:
-        """The file that holds the output of one step, from all its runs."""
-        return self.root / "log" / f"{name}.log"
-
     def variables(self) -> dict[str, str]:
         """What build.sh is given with -V."""
         ours = dict(_LESS)
@@ -94,7 +94,7 @@ class Builder:
 
     def build_sh(self, top: Path, obj: str, *words: str) -> list[str]:
         """Return the build.sh command for a source tree and an object folder."""
-        command = [str(top / "build.sh"), "-U", "-u", "-N1", f"-j{os.cpu_count() or 1}"]
+        command = [str(top / "build.sh"), "-U", "-u", "-N1", JOBS]
         command += ["-m", MACHINE]
         command += ["-O", str(self.root / "obj" / obj)]
         command += ["-T", str(self.tools)]
@@ -105,7 +105,7 @@ class Builder:
 
     def kernel_words(self, variant: str, config: Path) -> list[str]:
         """Return what build.sh is told for a kernel; the build id shows in uname -v."""
-        return ["-B", f"pykq-{variant}", f"kernel={config}"]
+        return ["-B", _build_id(variant), f"kernel={config}"]
 
 
 def select(settings: Settings) -> Builder:
@@ -116,6 +116,13 @@ def select(settings: Settings) -> Builder:
             hint="--source DIR, PYKQ_SOURCE or the configuration file names a source tree",
         )
     source = identify(settings.source)
+    for path, remedy in (
+        (source.top, "--source names another"),
+        (settings.cache, "PYKQ_CACHE names another"),
+        (CONFIGS, "move this checkout"),
+    ):
+        if re.search(r"\s", str(path)):
+            raise Failure(f"{path}: NetBSD's make takes no space in a path", hint=remedy)
     if source.top == settings.cache or source.top in settings.cache.parents:
         raise Failure(f"the cache {settings.cache} lies inside the source", hint="set PYKQ_CACHE")
     return Builder(settings, source)
@@ -156,63 +163,90 @@ def build_tools(builder: Builder) -> None:
         run(
             builder.build_sh(builder.source.top, "tools", "tools"),
             cwd=builder.source.top,
-            log=builder.log("tools"),
             on_line=seen,
         )
         write_whole(stamp, json.dumps(wanted, indent=1))
 
 
-def build_kernels(settings: Settings, variants: Sequence[str] = VARIANTS) -> dict[str, dict[str, Any]]:
+def build_kernels(
+    settings: Settings, variants: Sequence[str] = VARIANTS, *, edit: bytes = b""
+) -> dict[str, dict[str, Any]]:
     """Bring the kernels up to date and return their manifests; do nothing where nothing has changed.
 
-    Raises Failure for a source that is none, that no port fits, or a missing
+    edit is added to the end of kern_event.c in pykq's own copy, for measuring
+    what an edit costs.  Raises Failure for a source that is none, that no port fits, or a missing
     program; BuildFailed when build.sh ends with an error.  An interrupted
     build goes on where it stopped the next time.
     """
     builder = select(settings)
-    fit = patches.fit(builder.source)
+    with timed("looking at the source"):
+        fit = patches.fit(builder.source)
+        fingerprint = builder.source.fingerprint()
     if fit.already:
         say(f"{builder.source} has the patch already; stock is made by taking {fit.port.name} out")
     config = config_path(builder)
     inputs = {
         "source": str(builder.source.top),
-        "fingerprint": builder.source.fingerprint(),
+        "fingerprint": fingerprint,
         "config_sha256": file_digest(config),
         "variables": builder.variables(),
     }
-    manifests = {}
+    manifests, pending = {}, {}
     with locked(builder.root):
         for variant in variants:
-            texts = fit.texts(variant)
-            key = digest(inputs, {name: text.decode("latin-1") for name, text in texts.items()})
+            texts = dict(fit.texts(variant))
+            texts[KERN_EVENT] += edit
+            key = key_of(inputs, texts)
             folder = kernel_folder(builder, variant)
-            manifest = read_json(folder / "manifest.json")
-            if manifest.get("key") == key and (folder / "netbsd").exists():
+            manifests[variant] = read_json(folder / "manifest.json")
+            if manifests[variant].get("key") == key and (folder / "netbsd").exists():
                 say(f"{variant} kernel: up to date ({folder / 'netbsd'})")
-                manifests[variant] = manifest
-                continue
-            if settings.toolchain == "clang":
-                need("clang", "clang++", "ld", "objcopy")
-            build_tools(builder)
-            with step(f"{variant} kernel {config.name}, NetBSD {builder.source.version}") as work:
-                overlay(builder.source, builder.tree(variant), texts)
-                built, objects = _make_kernel(builder, variant, config, work, manifest.get("objects", 0))
+            else:
+                pending[variant] = (key, texts)
+        if not pending:
+            return manifests
+        if settings.toolchain == "clang":
+            need("clang", "clang++", "ld", "objcopy")
+        build_tools(builder)
+        expected = sum(manifests[variant].get("objects", 0) for variant in pending)
+        with step(f"{' and '.join(pending)} kernel {config.name}, NetBSD {builder.source.version}") as work:
+            for variant, (_, texts) in pending.items():
+                with timed(f"{variant} tree"):
+                    overlay(builder.source, builder.tree(variant), texts)
+            compiled = Counter(work, COMPILED, expected)
+            calls = [
+                partial(_make_kernel, builder, variant, config, compiled, manifests[variant].get("variables"))
+                for variant in pending
+            ]
+            kernels = dict(zip(pending, side_by_side(calls), strict=True))
+            work.note = f"{compiled.count} objects"
+        for variant, built in kernels.items():
+            folder = kernel_folder(builder, variant)
             manifests[variant] = {
-                "key": key,
+                "key": pending[variant][0],
                 **provenance(builder.source, fit, variant),
                 "config": config.name,
                 "compiler": _compiler(builder),
-                "objects": max(objects, manifest.get("objects", 0)),
+                "objects": max(compiled.count // len(pending), manifests[variant].get("objects", 0)),
                 "seconds": round(work.seconds, 1),
                 "pvh": pvh(built),
                 "sha256": file_digest(built),
                 **inputs,
             }
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "manifest.json").unlink(missing_ok=True)
-            write_whole(folder / "netbsd", built.read_bytes(), 0o755)
-            write_whole(folder / "manifest.json", json.dumps(manifests[variant], indent=1))
+            keep(folder, built.read_bytes(), manifests[variant])
     return manifests
+
+
+def key_of(inputs: dict[str, Any], texts: Mapping[str, bytes]) -> str:
+    """Return what tells a kernel that is up to date from one that is not."""
+    return digest(inputs, {name: text.decode("latin-1") for name, text in texts.items()})
+
+
+def keep(folder: Path, kernel: bytes, manifest: dict[str, Any]) -> None:
+    """Put a kernel and its manifest where the other commands find them."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    write_whole(folder / "netbsd", kernel, 0o755)
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def provenance(source: Source, fit: patches.Fit, variant: str) -> dict[str, Any]:
@@ -239,47 +273,76 @@ def show(settings: Settings) -> None:
         print(shlex.join(builder.build_sh(builder.tree(variant), variant, *words)))
 
 
+def _build_id(variant: str) -> str:
+    """Return the build id of a variant, which build.sh names its wrapper of make after."""
+    return f"pykq-{variant}"
+
+
+# The head of an ELF note: the sizes of its name and of its content, and Xen's number for PHYS32_ENTRY
+# (xen/include/public/elfnote.h).
+_PHYS32_ENTRY = re.compile(rb"\x04\0\0\0[\x04\x08]\0\0\0\x12\0\0\0Xen\0")
+_PT_NOTE = 4
+
+
 def pvh(kernel: Path) -> bool:
     """Tell whether QEMU can start a kernel by itself: whether it has Xen's PHYS32_ENTRY note.
 
-    An ELF note whose name is "Xen" and whose type is 18 (xen/include/public/elfnote.h).
+    The note has to be where a program header says so: QEMU looks nowhere else,
+    and the kernels of NetBSD 10 have it in a section only.
     """
-    note = b"\x04\x00\x00\x00" + b"\x04\x00\x00\x00" + b"\x12\x00\x00\x00" + b"Xen\x00"
-    wide = b"\x04\x00\x00\x00" + b"\x08\x00\x00\x00" + b"\x12\x00\x00\x00" + b"Xen\x00"
     image = kernel.read_bytes()
-    return note in image or wide in image
+    wide = image[4] == 2  # ELFCLASS64
+    table = ("<Q14xHH", 32) if wide else ("<I10xHH", 28)  # e_phoff, e_phentsize, e_phnum
+    header = "<I4xQ16xQ" if wide else "<II8xI"  # p_type, p_offset, p_filesz
+    start, size, count = struct.unpack_from(table[0], image, table[1])
+    for at in range(start, start + size * count, size):
+        kind, offset, length = struct.unpack_from(header, image, at)
+        if kind == _PT_NOTE and _PHYS32_ENTRY.search(image, offset, offset + length):
+            return True
+    return False
 
 
 def _make_kernel(
-    builder: Builder, variant: str, config: Path, work: Step, expected: int
-) -> tuple[Path, int]:
-    """Run build.sh for one kernel; return the kernel and how many objects were compiled."""
+    builder: Builder, variant: str, config: Path, compiled: Counter, built_with: dict[str, str] | None
+) -> Path:
+    """Make one kernel; built_with are the build.sh variables that it was last made with.
+
+    When these are the same, what build.sh does for a kernel is done directly:
+    without finding out afresh, by 60 starts of make, what its wrapper of make knows.
+    """
     tree = builder.tree(variant)
-    compiled = Counter(work, COMPILED, expected)
-    run(
-        builder.build_sh(tree, variant, *builder.kernel_words(variant, config)),
-        cwd=tree,
-        log=builder.log(variant),
-        on_line=compiled,
-    )
-    work.note = f"{compiled.count} objects"
-    built = builder.root / "obj" / variant / "sys/arch" / MACHINE / "compile" / config.name / "netbsd"
+    folder = builder.root / "obj" / variant / "sys/arch" / MACHINE / "compile" / config.name
+    make = builder.tools / "bin" / f"nbmake-{MACHINE}-{_build_id(variant)}"
+    commands = [builder.build_sh(tree, variant, *builder.kernel_words(variant, config))]
+    if built_with == builder.variables() and make.exists() and folder.exists():
+        nbconfig = str(builder.tools / "bin/nbconfig")
+        configure = [nbconfig, "-b", str(folder), "-s", str(tree / "sys"), str(config)]
+        in_folder = [str(make), "-C", str(folder), JOBS]
+        commands = [configure, [*in_folder, "depend"], [*in_folder, "all"]]
+    for command in commands:
+        with timed(f"{variant} kernel: {Path(command[0]).name} {command[-1]}"):
+            run(command, cwd=tree, on_line=compiled)
+    built = folder / "netbsd"
     if not built.is_file():
-        raise BuildFailed(f"build.sh left no kernel at {built}", hint=f"see {builder.log(variant)}")
-    return built, compiled.count
+        raise BuildFailed(f"build.sh left no kernel at {built}", hint="does its config(5) file name another?")
+    return built
 
 
 class Counter:
-    """Counts the lines of output that match, and shows the count."""
+    """Counts the lines of output that match, and shows the count and how long the rest may take."""
 
     def __init__(self, work: Step, pattern: re.Pattern[str], expected: int = 0) -> None:
         self.count = 0
         self._work, self._pattern, self._expected = work, pattern, expected
+        self._began = time.monotonic()
 
     def __call__(self, line: str) -> None:
         if self._pattern.match(line):
             self.count += 1
-            total = f" of {self._expected}" if self._expected >= self.count else ""
+            total = ""
+            if self._expected >= self.count:
+                each_s = (time.monotonic() - self._began) / self.count
+                total = f" of {self._expected}, some {each_s * (self._expected - self.count):.0f} s more"
             self._work.update(f"{self.count}{total}")
 
 

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from py_compile import PycInvalidationMode
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from .archive import inside, opened
 from .build import MACHINE, Builder
 from .cache import digest, locked, read_json, write_whole
 from .log import Failure, Step, step
+from .patches import NoFit
 from .run import need, run
+from .upstream import PAGE, manual_page
 
 GUEST = Path(__file__).resolve().parent / "guest"
 
 # The sets that a guest is made of, and the endings they come with.
-_SETS = ("base", "etc")
-_ENDINGS = (".tar.xz", ".tgz")
+SETS = ("base", "etc")
+ENDINGS = (".tar.xz", ".tgz")
 
 # What goes into the image from vm/guest/, and where.
 _FILES = {
@@ -92,7 +99,7 @@ class _Root:
         path.write_text("\n".join(lines) + "\n")
 
 
-def build_image(builder: Builder, kernel: Path | None = None) -> Image:
+def build_image(builder: Builder, kernel: Path | None = None, *, sets: Sequence[str] = SETS) -> Image:
     """Make the image, or find the one that was made from the same parts.
 
     With kernel the image boots by itself: the kernel is in it, and the boot
@@ -110,21 +117,24 @@ def build_image(builder: Builder, kernel: Path | None = None) -> Image:
             "no Python for the guest",
             hint="--python FILE, PYKQ_PYTHON or the configuration file names a tarball rooted at usr/pkg",
         )
-    archives = _archives(settings.sets) + _packages(settings.python)
+    archives = set_archives(settings.sets, sets) + _packages(settings.python)
     parts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in archives]
     ours = {path.name: path.read_text() for path in sorted(GUEST.iterdir())}
+    page = _manual_page(builder)
     boots = None if kernel is None else (kernel.stat().st_size, kernel.stat().st_mtime_ns)
     with locked(settings.cache / "image"):
-        folder = settings.cache / "image" / digest(parts, ours, str(kernel), boots)
+        (settings.cache / "image").chmod(0o700)  # there are private keys on the disks
+        made_by = sys.implementation.cache_tag  # _compile_python
+        folder = settings.cache / "image" / digest(parts, ours, page, str(kernel), boots, made_by)
         image = Image(folder)
         if read_json(folder / "manifest.json"):
             return image
-        tools = _build_tools(builder)
+        tools = image_tools(builder)
         work_folder = folder.with_suffix(".part")
         shutil.rmtree(work_folder, ignore_errors=True)
         try:
             with step("guest image") as work:
-                _make(Image(work_folder), archives, kernel, tools, builder, work)
+                _make(Image(work_folder), archives, page, kernel, tools, work)
                 made_of = {"parts": parts, "kernel": str(kernel)}
                 write_whole(work_folder / "manifest.json", json.dumps(made_of, indent=1))
                 shutil.rmtree(folder, ignore_errors=True)
@@ -135,7 +145,7 @@ def build_image(builder: Builder, kernel: Path | None = None) -> Image:
 
 
 def _make(
-    image: Image, archives: list[Path], kernel: Path | None, tools: Path, builder: Builder, work: Step
+    image: Image, archives: list[Path], page: str, kernel: Path | None, tools: Path, work: Step
 ) -> None:
     """Fill a folder with an image and its keys."""
     root = _Root(image.folder / "root")
@@ -146,8 +156,11 @@ def _make(
             _take_destdir(archive, root)
         else:
             _unpack(archive, root)
+    _compile_python(root, work)
     for name, (target, mode) in _FILES.items():
         root.add(target, (GUEST / name).read_bytes(), mode)
+    if page:
+        root.add("usr/share/man/man2/kqueue.2", page.encode(), 0o444)
     _add_keys(image, root)
     _add_devices(root)
     if kernel is not None:
@@ -155,25 +168,25 @@ def _make(
         root.add("boot", (root.folder / "usr/mdec/boot").read_bytes(), 0o444)
     spec = image.folder / "spec"
     root.write_spec(spec)
-    log = builder.log("image")
     work.update("makefs")
     command: list[str | Path] = [tools / "nbmakefs", "-t", "ffs", "-B", "le"]
     command += ["-o", "version=2,bsize=16384,fsize=2048"]
     command += ["-b", f"{_FREE_MIB}m"]
     command += ["-f", str(_FREE_INODES)]
+    command += ["-Z"]  # free blocks take no room on the host
     command += ["-F", spec]
     command += ["-N", root.folder / "etc"]
-    run([*command, image.disk, root.folder], log=log)
+    run([*command, image.disk, root.folder])
     label = image.folder / "label"
     label.write_text(_disklabel(image.disk.stat().st_size // _SECTOR_BYTES))
-    run([tools / "nbdisklabel", "-M", MACHINE, "-B", "le", "-R", "-F", image.disk, label], log=log)
+    run([tools / "nbdisklabel", "-M", MACHINE, "-B", "le", "-R", "-F", image.disk, label])
     if kernel is not None:
         command = [tools / "nbinstallboot", "-m", MACHINE, "-o", "timeout=0"]
-        run([*command, image.disk, root.folder / "usr/mdec/bootxx_ffsv2"], log=log)
+        run([*command, image.disk, root.folder / "usr/mdec/bootxx_ffsv2"])
     shutil.rmtree(root.folder)
 
 
-def _build_tools(builder: Builder) -> Path:
+def image_tools(builder: Builder) -> Path:
     """Build the programs that make images, once, with the wrapper that build.sh left; return their folder."""
     folder = builder.tools / "bin"
     if not (folder / "nbmake-amd64").exists():
@@ -187,20 +200,19 @@ def _build_tools(builder: Builder) -> Path:
                 run(
                     [folder / f"nbmake-{MACHINE}", "-C", builder.source.top / "tools" / name, target],
                     cwd=builder.source.top,
-                    log=builder.log("image-tools"),
                 )
     return folder
 
 
-def _archives(sets: Path) -> list[Path]:
+def set_archives(sets: Path, names: Sequence[str] = SETS) -> list[Path]:
     """Return the archives of a sets folder, or the METALOG of a DESTDIR."""
     if (sets / "METALOG").is_file():
         return [sets / "METALOG"]
     if not sets.is_dir():
         raise Failure(f"{sets}: no such folder", hint="--sets names a folder with base.tgz and etc.tgz")
     found = []
-    for name in _SETS:
-        paths = [sets / f"{name}{ending}" for ending in _ENDINGS if (sets / f"{name}{ending}").is_file()]
+    for name in names:
+        paths = [sets / f"{name}{ending}" for ending in ENDINGS if (sets / f"{name}{ending}").is_file()]
         if not paths:
             raise Failure(f"{sets} has no {name}.tar.xz or .tgz", hint="a release has amd64/binary/sets")
         found.append(paths[0])
@@ -220,6 +232,14 @@ def _packages(python: Path) -> list[Path]:
     return found
 
 
+def _manual_page(builder: Builder) -> str:
+    """Return kqueue(2) of the source tree with the ioctl; '' where that has no page, or no place in it."""
+    try:
+        return manual_page((builder.source.top / PAGE).read_text())
+    except (FileNotFoundError, NoFit):
+        return ""
+
+
 def _unpack(archive: Path, root: _Root) -> None:
     """Add an archive's files to a root; owners, modes, links and devices go to the spec only.
 
@@ -227,19 +247,14 @@ def _unpack(archive: Path, root: _Root) -> None:
     usr/pkg.  A name that leads out of the root is refused.
     """
     prefix = ""
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.name.startswith("+"):
-                    prefix = "usr/pkg"
-                    continue
-                name = _inside(f"{prefix}/{member.name}", archive)
-                if name != ".":
-                    _add_member(tar, member, name, root, prefix)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        raise Failure(f"{archive}: {error}", hint="is the file whole?") from error
+    with opened(archive) as tar:
+        for member in tar:
+            if member.name.startswith("+"):
+                prefix = "usr/pkg"
+                continue
+            name = inside(f"{prefix}/{member.name}", archive)
+            if name != ".":
+                _add_member(tar, member, name, root, prefix)
 
 
 def _add_member(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, root: _Root, prefix: str) -> None:
@@ -254,9 +269,10 @@ def _add_member(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, root: 
         assert content is not None
         with path.open("wb") as out:
             shutil.copyfileobj(content, out, 1 << 20)
+        os.utime(path, (member.mtime, member.mtime))  # Python compares it with what its bytecode says
         root.spec[name] = f"type=file {common}"
     elif member.islnk():
-        target = _inside(f"{prefix}/{member.linkname}", Path(str(tar.name)))
+        target = inside(f"{prefix}/{member.linkname}", Path(str(tar.name)))
         os.link(root.folder / target, path)
         root.spec[name] = root.spec[target]
     elif member.isdir():
@@ -268,19 +284,11 @@ def _add_member(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, root: 
         root.spec[name] = f"type=link link={_quote(member.linkname)} {common}"
 
 
-def _inside(name: str, archive: Path) -> str:
-    """Return a member's name relative to the root; raise Failure when it leads elsewhere."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if ".." in parts:
-        raise Failure(f"{archive}: the member {name} leads out of the archive", hint="do not use this file")
-    return "/".join(parts) or "."
-
-
 def _take_destdir(metalog: Path, root: _Root) -> None:
     """Add the files of a DESTDIR that its METALOG lists."""
     for line in metalog.read_text(errors="surrogateescape").splitlines():
         name, _, keywords = line.partition(" ")
-        name = _inside(_unquote(name), metalog)
+        name = inside(_unquote(name), metalog)
         kind = re.search(r"\btype=(\w+)", keywords)
         if kind is None or name == ".":
             continue
@@ -296,6 +304,28 @@ def _take_destdir(metalog: Path, root: _Root) -> None:
             shutil.copyfile(metalog.parent / name, path)
 
 
+def _compile_python(root: _Root, work: Step) -> None:
+    """Compile the library of a Python that comes without bytecode, if this Python makes the same bytecode.
+
+    A package of pkgsrc has it.  Without it a start takes seconds, and each guest pays.
+    """
+    library = root.folder / "usr/pkg/lib" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    if not library.is_dir() or (library / "__pycache__").is_dir():
+        return
+    work.update("compiling Python's library")
+    compileall.compile_dir(
+        library,
+        quiet=2,
+        rx=re.compile(r"/(test|tests|idlelib|lib2to3|turtledemo|ensurepip)/"),
+        stripdir=root.folder,
+        prependdir="/",
+        invalidation_mode=PycInvalidationMode.UNCHECKED_HASH,
+        workers=0,
+    )
+    for path in library.rglob("*.pyc"):
+        root.spec[str(path.relative_to(root.folder))] = "type=file uid=0 gid=0 mode=0644"
+
+
 def _add_devices(root: _Root) -> None:
     """Put the device nodes into the spec: MAKEDEV(8) of the sets writes it."""
     need("sh")
@@ -308,7 +338,7 @@ def _add_devices(root: _Root) -> None:
     for line in done.stdout.splitlines():
         name, _, keywords = line.partition(" ")
         if "type=" in keywords and name != ".":
-            root.spec[f"dev/{_inside(name, makedev)}"] = keywords
+            root.spec[f"dev/{inside(name, makedev)}"] = keywords
     if "dev/console" not in root.spec:
         raise Failure(f"MAKEDEV -s listed no devices: {done.stderr.strip()[:200]}", hint="see makedev(8)")
 

@@ -1,18 +1,27 @@
-"""What a person reads: steps with their times, and failures with their remedies."""
+"""What a person reads: steps with their times, failures with their remedies, and a file of all of it."""
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import re
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from operator import itemgetter
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
+logger = logging.getLogger("pykq")
+logger.addHandler(logging.NullHandler())
+_timings = logger.getChild("timings")
+
+_PROGRESS_EVERY_S = 30.0
 
 # ECMA-48 control sequences, operating system commands, and every other C0 or C1
 # control but tab and newline: a guest's console or a compiler is not trusted to
@@ -61,19 +70,66 @@ class TestsFailed(Failure):
     status = 4
 
 
+class _File(logging.FileHandler):
+    """A log file that is given up, and not complained of, where it cannot be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger().removeHandler(self)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+@contextmanager
+def kept(path: Path) -> Iterator[None]:
+    """Keep all that is said, and all that programs print, in a new file, each line with its time.
+
+    A file that cannot be written is no error here: whoever needs the folder will say so.
+    """
+    logger.setLevel(logging.INFO)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # another command may be writing to it
+        file = _File(path, encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        yield
+        return
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger().addHandler(file)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(file)
+        file.close()
+
+
 def say(text: str) -> None:
     """Print one plain line."""
+    logger.info("%s", text)
     console.print(escape(printable(text)))
 
 
-def report(failure: Failure) -> None:
-    """Print a failure to standard error: last lines of output, what happened, the remedy."""
+def show(table: Table) -> None:
+    """Print a table."""
+    text = io.StringIO()
+    Console(file=text, width=200, markup=False, emoji=False).print(table)
+    lines = "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    logger.info("%s", lines)
+    console.print(escape(printable(lines)))
+
+
+def report(failure: Failure, log: Path | None = None) -> None:
+    """Print a failure to standard error: last lines of output, what happened, the remedy, and the log."""
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     if failure.tail:
         err.print(escape(printable(failure.tail)), style="dim")
     line = f"pykq: {failure}"
     if failure.hint:
         line += f" ({failure.hint})"
+    if log is not None:
+        line += f"; all output is in {log}"
+    logger.error("%s", line)
     err.print(escape(printable(line)), style="bold red")
 
 
@@ -84,21 +140,24 @@ class Step:
         self.title = title
         self.note = ""
         self.seconds = 0.0
-        self._began = time.monotonic()
+        self._began = self._shown = time.monotonic()
         self._status = console.status(escape(title)) if console.is_terminal else None
 
     def update(self, progress: str) -> None:
-        """Show progress, such as '412 of 754 objects'; shown on a terminal only."""
+        """Show progress, such as '412 of 754 objects'; without a terminal as a line now and then."""
+        now = time.monotonic()
+        text = f"{self.title}: {progress}, {now - self._began:.0f} s"
         if self._status is not None:
-            elapsed = time.monotonic() - self._began
-            self._status.update(escape(f"{self.title}: {printable(progress)}, {elapsed:.0f} s"))
+            self._status.update(escape(printable(text)))
+        elif now - self._shown >= _PROGRESS_EVERY_S:
+            self._shown = now
+            say(text)
 
     def _start(self) -> None:
         if self._status is not None:
             self._status.start()
         else:
             say(f"{self.title} ...")
-            sys.stdout.flush()
 
     def _stop(self, outcome: str) -> None:
         self.seconds = time.monotonic() - self._began
@@ -109,12 +168,55 @@ class Step:
 
 
 @contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Measure a piece of work for --timings."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        ended = time.monotonic()
+        _timings.info("%s took %.2f s", what, ended - began, extra={"timing": (what, began, ended)})
+
+
+class _Measured(logging.Handler):
+    """Takes what timed() measures: what, its beginning and its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[str, float, float]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take one."""
+        self.rows.append(record.__dict__["timing"])
+
+
+@contextmanager
+def timings(path: Path) -> Iterator[None]:
+    """At the end, show where the seconds went, all that is a step() or timed(), and keep it as JSON."""
+    measured, began = _Measured(), time.monotonic()
+    _timings.addHandler(measured)
+    try:
+        yield
+    finally:
+        _timings.removeHandler(measured)
+        table, rows = Table("began", "seconds", "what", box=None), []
+        everything = ("in all", began, time.monotonic())
+        for what, start, end in sorted([everything, *measured.rows], key=itemgetter(1)):
+            rows.append({"what": what, "began_s": round(start - began, 3), "seconds": round(end - start, 3)})
+            table.add_row(f"{start - began:.2f}", f"{end - start:.2f}", escape(what))
+        show(table)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1))
+
+
+@contextmanager
 def step(title: str) -> Iterator[Step]:
     """Name a piece of work when it begins, and say how it ended and how long it took."""
     work = Step(title)
     work._start()
     try:
-        yield work
+        with timed(title):
+            yield work
     except KeyboardInterrupt:
         work._stop("interrupted")
         raise

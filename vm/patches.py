@@ -6,10 +6,11 @@ import re
 import subprocess
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .log import Failure
+from .log import Failure, say
 from .run import need
 from .source import Source
 
@@ -48,6 +49,19 @@ class Fit:
 class NoFit(Exception):
     """A port does not apply; the argument has the hunks that do not."""
 
+    @property
+    def summary(self) -> str:
+        """The hunks that do not apply, by file and by line in the tree that the port was made from."""
+        hunks: dict[str, list[str]] = {}
+        for file, line in re.findall(r"^(?:--- (\S+)|@@ -(\d+))", str(self), re.MULTILINE):
+            if file:
+                lines = hunks.setdefault(file, [])
+            else:
+                lines.append(line)
+        return "no place for the hunks of " + ", of ".join(
+            f"{file} at {', '.join(lines)}" for file, lines in hunks.items()
+        )
+
 
 def ports() -> list[Port]:
     """Read patches/series.toml."""
@@ -66,23 +80,11 @@ def fit(source: Source) -> Fit:
     The source is only read.  Raises Failure, with the hunks that do not apply
     to the nearest port, when none fits.
     """
-    need("patch")
     rejects: list[tuple[Port, str]] = []
-    for port in ports():
-        try:
-            texts = {name: (source.top / name).read_bytes() for name in port.files}
-        except OSError as error:
-            raise Failure(f"{error.filename}: {error.strerror}", hint="is the tree complete?") from error
-        if any(b"KQUEUE_TICKLE" in text for text in texts.values()):
-            try:
-                return Fit(port, texts, _apply(port, texts, reverse=True), already=True)
-            except NoFit as error:
-                rejects.append((port, str(error)))
-                continue
-        try:
-            return Fit(port, _apply(port, texts), texts, already=False)
-        except NoFit as error:
-            rejects.append((port, str(error)))
+    for port, outcome in _attempts(source):
+        if isinstance(outcome, Fit):
+            return outcome
+        rejects.append((port, str(outcome)))
     nearest, account = min(rejects, key=lambda reject: reject[1].count("\n@@ "))
     raise Failure(
         f"no port fits {source} in {source.top}; the nearest is {nearest.name}",
@@ -91,8 +93,37 @@ def fit(source: Source) -> Fit:
     )
 
 
-def _apply(port: Port, texts: dict[str, bytes], *, reverse: bool = False) -> dict[str, bytes]:
-    """Return the texts with a port applied without fuzz; raise NoFit when it does not apply."""
+def show(source: Source) -> None:
+    """Print which ports fit a source and where the others do not; raise Failure when none fits."""
+    say(f"{source} in {source.top}")
+    for port, outcome in _attempts(source):
+        if isinstance(outcome, Fit):
+            already = "; the source has it already" if outcome.already else ""
+            say(f"fits: {port.name}, {port.title}{already}")
+        else:
+            say(f"does not fit: {port.name}, {port.title}: {outcome.summary}")
+    fit(source)
+
+
+def _attempts(source: Source) -> Iterator[tuple[Port, Fit | NoFit]]:
+    """Try one port after the other."""
+    for port in ports():
+        try:
+            texts = {name: (source.top / name).read_bytes() for name in port.files}
+        except OSError as error:
+            raise Failure(f"{error.filename}: {error.strerror}", hint="is the tree complete?") from error
+        already = any(b"KQUEUE_TICKLE" in text for text in texts.values())
+        try:
+            other = apply(port.path.read_text(), texts, reverse=already)
+        except NoFit as error:
+            yield port, error
+        else:
+            yield port, Fit(port, texts, other, True) if already else Fit(port, other, texts, False)
+
+
+def apply(patch: str, texts: dict[str, bytes], *, reverse: bool = False) -> dict[str, bytes]:
+    """Return the texts with a patch applied without fuzz; raise NoFit when it does not apply."""
+    need("patch")
     with tempfile.TemporaryDirectory(prefix="pykq-") as folder:
         for name, text in texts.items():
             path = Path(folder, name)
@@ -100,11 +131,11 @@ def _apply(port: Port, texts: dict[str, bytes], *, reverse: bool = False) -> dic
             path.write_bytes(text)
         command = ["patch", "-p1", "-F0", "-u", "-f", "--no-backup-if-mismatch"]
         command += ["-r", "rejects"]
-        command += ["-i", str(port.path)]
         command += ["-R"] if reverse else []
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(
+            command, input=patch, cwd=folder, capture_output=True, text=True, errors="replace"
+        )
         if done.returncode != 0:
             rejects = Path(folder, "rejects")
-            hunks = rejects.read_text(errors="replace") if rejects.exists() else done.stderr
-            raise NoFit(f"{port.name} does not apply here:\n{hunks}")
+            raise NoFit(rejects.read_text(errors="replace") if rejects.exists() else done.stderr)
         return {name: Path(folder, name).read_bytes() for name in texts}

@@ -97,7 +97,7 @@ def overlay(source: Source, tree: Path, changed: Mapping[str, bytes]) -> None:
             link.symlink_to(entry.path)
     for part in _OWN:
         if (source.top / part).is_dir():
-            _mirror(source.top / part, tree / part, {
+            mirror(source.top / part, tree / part, {
                 name.removeprefix(f"{part}/") for name in changed if name.startswith(f"{part}/")
             })
     for name, content in changed.items():
@@ -121,17 +121,15 @@ def _walk(top: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
                     yield path, entry
 
 
-def _mirror(source: Path, copy: Path, spared: set[str]) -> None:
+def mirror(source: Path, copy: Path, spared: set[str]) -> None:
     """Make copy hold the files of source and no others, but for those spared."""
     copy.mkdir(parents=True, exist_ok=True)
-    there = {path: entry.stat(follow_symlinks=False) for path, entry in _walk(copy)}
+    there = dict(_walk(copy))
+    linked = source.stat().st_dev == copy.stat().st_dev
     folders = {""}
     for path, entry in _walk(source):
-        if path in spared:
-            there.pop(path, None)
-            continue
-        old, new = there.pop(path, None), entry.stat(follow_symlinks=False)
-        if old is not None and _same(old, new):
+        old = there.pop(path, None)
+        if path in spared or (old is not None and _same(old, entry, linked)):
             continue
         target = f"{copy}/{path}"
         folder = path.rpartition("/")[0]
@@ -145,9 +143,12 @@ def _mirror(source: Path, copy: Path, spared: set[str]) -> None:
         os.unlink(f"{copy}/{path}")
 
 
-def _same(old: os.stat_result, new: os.stat_result) -> bool:
-    """Tell whether two files are one, or the one an unchanged copy of the other."""
-    return old.st_ino == new.st_ino or (old.st_size, old.st_mtime_ns) == (new.st_size, new.st_mtime_ns)
+def _same(old: os.DirEntry[str], new: os.DirEntry[str], linked: bool) -> bool:
+    """Tell whether two files are one, which costs no look at them, or the one an unchanged copy."""
+    if linked and old.inode() == new.inode():
+        return True
+    was, now = old.stat(follow_symlinks=False), new.stat(follow_symlinks=False)
+    return (was.st_size, was.st_mtime_ns) == (now.st_size, now.st_mtime_ns)
 
 
 def _link(source: str, target: str) -> None:

@@ -1,14 +1,20 @@
-"""What the host tests share: a source tree made of nothing but the ports' own context lines."""
+"""What the host tests share: a source tree made of the ports' own context lines, and a kernel for QEMU."""
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+from shutil import which
 
 import pytest
 
-from vm import patches
+from vm import patches, qemu
+
+PATIENCE_S = 120.0
 
 NEEDED = {
     "build.sh": "",
@@ -34,6 +40,12 @@ def before(port: patches.Port) -> dict[str, str]:
         elif text[:1] in (" ", "-") and not text.startswith("---"):
             texts[name].append(text[1:])
     return {name: "\n".join(lines) + "\n" for name, lines in texts.items()}
+
+
+@pytest.fixture
+def texts_before() -> Callable[[patches.Port], dict[str, str]]:
+    """before(), for a patch that is none of the ports."""
+    return before
 
 
 @pytest.fixture(params=patches.ports(), ids=lambda port: port.name)
@@ -72,3 +84,35 @@ def no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text("")
     monkeypatch.setenv("PYKQ_CONFIG", str(config))
     monkeypatch.setenv("PYKQ_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def test_kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernel of kernel.S, made by clang."""
+    if not all(map(which, (qemu.QEMU, "clang", "ld"))):
+        pytest.skip("needs QEMU and clang: invoke doctor --install")
+    path = tmp_path_factory.mktemp("kernel") / "kernel"
+    command = ["clang", "--target=i386-linux-gnu", "-nostdlib", "-static", "-Wl,-Ttext-segment=0x100000"]
+    subprocess.run([*command, Path(__file__).with_name("kernel.S"), "-o", path], check=True)
+    return path
+
+
+def programs(folder: Path) -> list[int]:
+    """The processes of which the command line or the environment names something in a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
+        except OSError:
+            continue
+        if bytes(folder) in words:
+            found.append(int(path.name))
+    return found
+
+
+def eventually(fact: Callable[[], object]) -> None:
+    """Return when something has become true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not fact():
+        assert time.monotonic() < deadline, "it did not become true"
+        time.sleep(0.01)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
 import tarfile
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vm import build, cache, config, image, log, qemu, run
+from vm import archive as vm_archive
+from vm import build, cache, config, doctor, image, log, packages, qemu, run
 from vm.log import BuildFailed, Failure
 
 
@@ -38,6 +41,7 @@ def test_variables_of_a_version_win_over_those_of_all() -> None:
     [
         ("souce = 1", "unknown key 'souce'"),
         ("source = 1", "source is not a string"),
+        ("release = 11.0", "release is not a string"),
         ("source = ", "config.toml"),
         ('toolchain = "pcc"', "no toolchain 'pcc'"),
         ('build = "x"', "build is not a table"),
@@ -60,18 +64,44 @@ def test_escape_sequences_are_dropped_whole() -> None:
     assert log.printable("a\x1b[31mb\x1b]0;title\x07c\r\n") == "abc\n"
 
 
-def test_failed_program_shows_its_last_lines(tmp_path: Path) -> None:
+def test_failed_program_shows_its_last_lines() -> None:
     with pytest.raises(BuildFailed, match="sh failed with status 3") as caught:
-        run.run(["sh", "-c", "echo first; echo last; exit 3"], log=tmp_path / "log")
+        run.run(["sh", "-c", "echo first; echo last; exit 3"])
     assert caught.value.tail.endswith("first\nlast")
-    assert str(tmp_path / "log") in caught.value.hint
 
 
-def test_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(Failure, match="qemu-system-x86_64 not found") as caught:
-        run.need("qemu-system-x86_64")
-    assert caught.value.hint == "apt-get install qemu-system-x86"
+@pytest.mark.parametrize(
+    ("manager", "command"),
+    [
+        ("apt-get", "apt-get install -y --no-install-recommends clang qemu-system-x86"),
+        ("dnf", "dnf install -y clang qemu-system-x86-core"),
+        ("pacman", "pacman -S --needed --noconfirm clang qemu-system-x86"),
+        ("brew", "brew install llvm qemu"),
+        ("pkgin", "pkgin -y install clang qemu"),
+        ("", "install it, and see invoke doctor"),
+    ],
+)
+def test_missing_program_is_named_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, manager: str, command: str
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: name == manager or None)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(Failure, match=r"qemu-system-x86_64, clang\+\+ not found") as caught:
+        run.need("qemu-system-x86_64", "clang++")
+    assert caught.value.hint == command
+
+
+def test_ordinary_user_installs_with_sudo_but_for_brew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("shutil.which", lambda name: name == "dnf" or None)
+    assert packages.install_command(["make"])[:2] == ["sudo", "dnf"]
+    monkeypatch.setattr("shutil.which", lambda name: name == "brew" or None)
+    assert packages.install_command(["make", "ld.lld"]) == ["brew", "install", "lld"]
+    assert packages.install_command(["make"]) == [], "it comes with the system"
+
+
+def test_every_program_that_is_looked_for_has_packages() -> None:
+    assert {need.what for need in doctor.needs()} == set(packages._PACKAGES)
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -99,7 +129,7 @@ def test_mtree_names_survive_quoting(name: str) -> None:
 @given(st.lists(st.sampled_from(["a", "..", ".", "", "b c", "..."])).map("/".join))
 def test_no_archive_member_leaves_the_root(name: str) -> None:
     try:
-        inside = image._inside(name, Path("x.tgz"))
+        inside = vm_archive.inside(name, Path("x.tgz"))
     except Failure:
         assert ".." in name.split("/")
     else:
@@ -166,7 +196,7 @@ def test_cut_archive_is_one_failure(tmp_path: Path) -> None:
 
 def test_sets_folder_without_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Failure, match=r"has no base\.tar\.xz or \.tgz"):
-        image._archives(tmp_path)
+        image.set_archives(tmp_path)
 
 
 def machine(tmp_path: Path, **changes: object) -> qemu.Machine:
@@ -188,6 +218,14 @@ def test_guest_is_reached_from_this_machine_only(tmp_path: Path) -> None:
     assert "-kernel" not in " ".join(
         qemu.command_line(machine(tmp_path, boot="disk"), Path("/disk"), memory_mib=512, cpus=2)
     )
+
+
+def test_only_a_guest_with_a_disk_of_its_own_reboots(tmp_path: Path) -> None:
+    other = qemu.command_line(machine(tmp_path), Path("/disk"), memory_mib=512, cpus=2)
+    line = qemu.command_line(machine(tmp_path, disk="/s,econd"), Path("/disk"), memory_mib=512, cpus=2)
+    assert "-no-reboot" in other and "-no-reboot" not in line
+    assert "if=none,id=second,format=raw,file=/s,,econd" in line
+    assert line.index("virtio-blk-pci,drive=root") < line.index("virtio-blk-pci,drive=second"), "ld0 and ld1"
 
 
 @pytest.mark.parametrize(
@@ -217,11 +255,22 @@ def test_guest_names_are_folder_names(tmp_path: Path) -> None:
             qemu.folder_of(config.load(), name)
 
 
-@pytest.mark.parametrize("size", [8, 20])
-def test_pvh_note_is_found(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize("size", [4, 8])
+def test_pvh_note_is_found_where_a_program_header_says_so(tmp_path: Path, size: int) -> None:
+    note = struct.pack("<III4s8x", 4, size, 18, b"Xen")
     kernel = tmp_path / "netbsd"
-    note = b"\x04\0\0\0" + b"\x04\0\0\0" + b"\x12\0\0\0" + b"Xen\0" + b"\x78\x56\x34\x12"
-    kernel.write_bytes(bytes(size) + note + bytes(size))
-    assert build.pvh(kernel)
-    kernel.write_bytes(bytes(size) + note.replace(b"\x12\0\0\0Xen", b"\x13\0\0\0Xen") + bytes(size))
-    assert not build.pvh(kernel)
+    for kind, found in ((4, True), (1, False)):
+        segments = struct.pack("<IIQQQQ16x", 1, 0, 0, 0, 0, 64) + struct.pack(
+            "<IIQQQQ16x", kind, 0, 176, 0, 0, len(note)
+        )
+        header = struct.pack("<4sB27xQ14xHH6x", b"\x7fELF", 2, 64, 56, 2)
+        kernel.write_bytes(header + segments + note)
+        assert build.pvh(kernel) == found
+
+
+
+def test_another_process_can_be_given_the_same_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = config.load(source="/src", sets="/sets", toolchain="gcc", kernel_config="GENERIC")
+    for name, value in chosen.environment().items():
+        monkeypatch.setenv(name, value)
+    assert config.load() == chosen
