@@ -16,8 +16,11 @@ library in this process: ``load_kernel`` says how it is chosen. Nothing is loade
 
 from pykq._abi import KQUEUE_TICKLE, KeventFields
 from pykq._constants import EV, EVFILT, NoteProc, NoteReadWrite, NoteTimer, NoteUser, NoteVnode
+from pykq._events import Events, Kevent
 from pykq._kernel import Kernel, KernelUnavailable, TickleNotSupported, load_kernel
-from pykq._kqueue import Events, Kevent, Kqueue, Tickled, tickle
+from pykq._kqueue import Kqueue, Tickled, tickle
+from pykq._mechanism import Mechanism
+from pykq._selector import TickleSelector
 
 __version__ = "0.1.0"
 
@@ -31,12 +34,14 @@ __all__ = [
     "Kevent",
     "KeventFields",
     "Kqueue",
+    "Mechanism",
     "NoteProc",
     "NoteReadWrite",
     "NoteTimer",
     "NoteUser",
     "NoteVnode",
     "TickleNotSupported",
+    "TickleSelector",
     "Tickled",
     "load_kernel",
     "tickle",

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from pykq import KQUEUE_TICKLE, Kernel, KernelUnavailable, load_kernel
+from pykq import EVFILT, KQUEUE_TICKLE, Kernel, KernelUnavailable, load_kernel
 
 
 def describe(kernel: Kernel) -> dict[str, Any]:
@@ -15,14 +15,22 @@ def describe(kernel: Kernel) -> dict[str, Any]:
     abi = kernel.abi
     return {
         "kernel": kernel.name,
-        "kevent": {"entry": abi.entry, "bytes": ctypes.sizeof(abi.kevent), "since": abi.since},
+        "kevent": {
+            "system": abi.system,
+            "since": abi.since,
+            "entry": abi.entry,
+            "bytes": ctypes.sizeof(abi.kevent),
+        },
         "tickle": kernel.has_tickle,
+        "mechanism": kernel.mechanism,
         "filters": filters(kernel),
     }
 
 
 def filters(kernel: Kernel) -> dict[str, int]:
-    """The kernel's filters, name to number."""
+    """The kernel's filters, name to the kernel's number."""
+    if kernel.abi.filters:
+        return {f"EVFILT_{EVFILT(number).name}": systems for number, systems in kernel.abi.filters.items()}
     found = {}
     for number in itertools.count():
         try:
@@ -51,8 +59,10 @@ def main(args: list[str] | None = None) -> int:
     abi = facts["kevent"]
     has_tickle = "yes" if facts["tickle"] else "no"
     print(f"kernel         {facts['kernel']}")
-    print(f"kevent         {abi['entry']} of {abi['since']}, struct kevent of {abi['bytes']} bytes")
+    since = f"{abi['system']} {abi['since']}"
+    print(f"kevent         {abi['entry']} of {since} and later, struct kevent of {abi['bytes']} bytes")
     print(f"KQUEUE_TICKLE  {has_tickle} ({KQUEUE_TICKLE:#x})")
+    print(f"mechanism      {facts['mechanism']}")
     print(f"filters        {' '.join(facts['filters'])}")
     return 0
 

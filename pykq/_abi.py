@@ -1,15 +1,18 @@
 """The C side: ``struct kevent`` and ``struct timespec``, the entry points that take them, ioctl numbers.
 
-tests/host checks sizes, offsets and numbers against a compiler and NetBSD's headers.
+``ABIS`` is the table of the systems that have a kqueue. tests/host checks sizes, offsets and numbers
+against a compiler and the systems' own headers.
 """
 
 import ctypes
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntFlag
 from functools import cached_property
+from typing import Any
 
-from pykq._constants import EV, EVFILT, NOTES
+from pykq._constants import EV, EVFILT, NOTES, NoteTimer
 
 
 class KeventFields:
@@ -36,8 +39,11 @@ def _flags(kind: type[IntFlag] | None, value: int) -> str:
     return f"{kind.__name__}.{kind(value).name}" if kind and value > 0 else f"{value:#x}"
 
 
+# The six fields, for each layout. The two pointers are given as numbers.
+
+
 class Kevent50(KeventFields, ctypes.Structure):
-    """``struct kevent`` of NetBSD 6 to 10. The two pointers are given as numbers."""
+    """``struct kevent`` of NetBSD 6 to 10."""
 
     _fields_ = (
         ("ident", ctypes.c_size_t),
@@ -55,38 +61,155 @@ class Kevent100(KeventFields, ctypes.Structure):
     _fields_ = (*Kevent50._fields_, ("ext", ctypes.c_uint64 * 4))
 
 
+class _Numbered(KeventFields):
+    """A layout of a system that numbers its filters from -1 downward: ``filter`` is pykq's number here."""
+
+    __slots__ = ()
+
+    _filter: int
+    numbers: Mapping[int, int]  # pykq's to the system's
+
+    @property
+    def filter(self) -> int:  # type: ignore[override]
+        for number, systems in self.numbers.items():
+            if systems == self._filter:
+                return number
+        return self._filter
+
+
+_BSD: Any = (
+    ("ident", ctypes.c_size_t),
+    ("_filter", ctypes.c_short),
+    ("flags", ctypes.c_ushort),
+    ("fflags", ctypes.c_uint),
+    ("data", ctypes.c_ssize_t),
+    ("udata", ctypes.c_size_t),
+)
+_DATA64: Any = (*_BSD[:4], ("data", ctypes.c_int64), _BSD[5])
+
+
+def _numbers(*names: str) -> dict[int, int]:
+    """pykq's number to the system's, for filters that the system numbers from -1 downward in this order."""
+    listed = {name: -number for number, name in enumerate(names, start=1)}
+    return {filter: listed[filter.name] for filter in EVFILT if filter.name in listed}
+
+
+_COMMON = ("READ", "WRITE", "AIO", "VNODE", "PROC", "SIGNAL", "TIMER")
+_FREEBSD = _numbers(*_COMMON, "PROCDESC", "FS", "LIO", "USER", "SENDFILE", "EMPTY")
+_OPENBSD = _numbers(*_COMMON, "DEVICE", "EXCEPT", "USER")
+_DRAGONFLY = _numbers(*_COMMON, "EXCEPT", "USER", "FS")
+_MACOS = _numbers(*_COMMON, "MACHPORT", "FS", "USER")
+_LIBKQUEUE = _numbers(*_COMMON, "NETDEV", "FS", "LIO", "USER")
+
+# A timer's notes where they are not NetBSD's: milliseconds, SECONDS, USECONDS, NSECONDS, ABSTIME.
+_FREEBSD_TIMER = (2, 1, 4, 8, 0x10)
+_MACOS_TIMER = (0, 1, 2, 4, 8)
+
+
+class KeventFreeBSD11(_Numbered, ctypes.Structure):
+    """``struct kevent`` of FreeBSD before 12."""
+
+    _fields_ = _BSD
+    numbers = _FREEBSD
+
+
+class KeventFreeBSD12(_Numbered, ctypes.Structure):
+    """``struct kevent`` of FreeBSD 12 and later."""
+
+    _fields_ = (*_DATA64, ("ext", ctypes.c_uint64 * 4))
+    numbers = _FREEBSD
+
+
+class KeventOpenBSD(_Numbered, ctypes.Structure):
+    """``struct kevent`` of OpenBSD 5.5 and later."""
+
+    _fields_ = _DATA64
+    numbers = _OPENBSD
+
+
+class KeventDragonFly(_Numbered, ctypes.Structure):
+    """``struct kevent`` of DragonFly."""
+
+    _fields_ = _BSD
+    numbers = _DRAGONFLY
+
+
+class KeventMacOS(_Numbered, ctypes.Structure):
+    """``struct kevent`` of macOS."""
+
+    _fields_ = _BSD
+    numbers = _MACOS
+
+
+class KeventLibkqueue(_Numbered, ctypes.Structure):
+    """``struct kevent`` of libkqueue."""
+
+    _fields_ = _BSD
+    numbers = _LIBKQUEUE
+
+
 @dataclass(frozen=True)
 class Abi:
     """One layout of ``struct kevent`` and the call that takes it.
 
-    ``entry``: the call's name, ``__entry`` in libc and ``rump___sysimpl_entry`` in a rump kernel. Plain
-    ``kevent`` is the entry of NetBSD 5 and before (32-bit time_t), and never used.
-    ``since``: the first release to have it.
+    Attributes:
+        system: whose it is, as ``platform.system()`` says it, or libkqueue.
+        since: the first release to have it.
+        entry: the call's name in the C library. NetBSD's plain ``kevent`` is the entry of NetBSD 5 and
+            before (32-bit time_t), and never used.
+        kevent: the layout.
+        source: where the numbers come from.
+        timer: a timer's notes as the system numbers them: milliseconds, SECONDS, USECONDS, NSECONDS, ABSTIME.
     """
 
-    entry: str
-    kevent: type[Kevent50] | type[Kevent100]
+    system: str
     since: str
+    entry: str
+    kevent: Any
+    source: str
+    timer: tuple[int, int, int, int, int] = (0, 1, 2, 3, 0x10)
+
+    @cached_property
+    def filters(self) -> Mapping[int, int]:
+        """The filters it has, pykq's number to the system's; empty where they are the same."""
+        return getattr(self.kevent, "numbers", {})
 
     @cached_property
     def codec(self) -> struct.Struct:
         """The six numbers, packed and unpacked: many times faster than field by field."""
-        codes = "".join(kind._type_ for _, kind in Kevent50._fields_)
+        codes = "".join(kind._type_ for _, kind in self.kevent._fields_[:6])
         rest = ctypes.sizeof(self.kevent) - struct.calcsize(codes)
         return struct.Struct(f"{codes}{rest}x")
 
+    def pack(self, ident: int, filter: int, flags: int, fflags: int, data: int, udata: int) -> bytes:
+        """A change as the system reads it; struct.error when a number does not fit."""
+        if self.filters:
+            if filter == EVFILT.TIMER:
+                absolute = self.timer[4] if fflags & NoteTimer.ABSTIME else 0
+                fflags = self.timer[fflags & 3] | absolute | fflags & ~0x13
+            filter = self.filters.get(filter, filter)
+        return self.codec.pack(ident, filter, flags, fflags, data, udata)
 
-# Newest first: the first whose entry point is there is used. Source: sys/event.h and syscalls.master of the
-# releases named; kevent100 came to NetBSD-current in July 2023.
+
+# The first row of the running system whose entry point is in its C library is used, and on FreeBSD, whose
+# entry points are all called kevent, whose release is not newer.
 ABIS = (
-    Abi("kevent100", Kevent100, "NetBSD 11"),
-    Abi("kevent50", Kevent50, "NetBSD 6"),
+    Abi("NetBSD", "11", "__kevent100", Kevent100, "sys/event.h 1.55 (10.99, July 2023)"),
+    Abi("NetBSD", "6", "__kevent50", Kevent50, "sys/event.h 1.54 (10.1)"),
+    Abi("FreeBSD", "12", "kevent", KeventFreeBSD12, "sys/event.h (14.0)", _FREEBSD_TIMER),
+    Abi("FreeBSD", "4", "kevent", KeventFreeBSD11, "sys/event.h (14.0, kevent_freebsd11)", _FREEBSD_TIMER),
+    Abi("OpenBSD", "5.5", "kevent", KeventOpenBSD, "sys/event.h (7.8)"),
+    Abi("DragonFly", "1", "kevent", KeventDragonFly, "sys/event.h, kevent(2) (6.4)"),
+    Abi("Darwin", "7", "kevent", KeventMacOS, "sys/event.h (macOS 15 SDK)", _MACOS_TIMER),
+    Abi("libkqueue", "2", "kevent", KeventLibkqueue, "sys/event.h (2.6)", _MACOS_TIMER),
 )
 
 TIMESPEC = struct.Struct("@ql0q")  # 64-bit time_t, long, aligned as in C: sys/timespec.h, NetBSD 6 and later
 POLL = TIMESPEC.pack(0, 0)
 
-O_CLOEXEC = 0x00400000  # sys/fcntl.h; the host's number may be another, and a rump kernel wants NetBSD's
+# NetBSD's sys/fcntl.h: the host's numbers may be others, and a rump kernel wants these.
+O_NONBLOCK = 0x00000004
+O_CLOEXEC = 0x00400000
 
 
 def _ioc(direction: int, group: str, number: int, size_bytes: int) -> int:

@@ -1,7 +1,8 @@
 """NetBSD's names for filters, actions and notes (sys/event.h), as enums that print their names.
 
-NetBSD numbers its filters from 0 upward; ``select.KQ_FILTER_*`` are the same numbers there, and others
-elsewhere.
+They are pykq's numbers on every system. NetBSD counts its filters from 0 upward, the others from -1
+downward, each in its own order, and timers have other notes: pykq translates, on the way in and out. On the
+way in a system's own negative number, such as ``select.KQ_FILTER_READ``, will do as well.
 """
 
 from enum import IntEnum, IntFlag

@@ -5,12 +5,12 @@ Nothing here runs at import: ``load_kernel`` loads a kernel on first use and rem
 
 import contextlib
 import ctypes
+import ctypes.util
 import errno
-import math
 import os
 import platform
+import struct
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -24,10 +24,12 @@ from pykq._abi import (
     KFILTER_MAXNAME,
     KQUEUE_TICKLE,
     O_CLOEXEC,
+    O_NONBLOCK,
     POLL,
-    TIMESPEC,
+    Abi,
     KfilterMapping,
 )
+from pykq._mechanism import WAKERS, Mechanism
 
 if TYPE_CHECKING:
     from pykq._kqueue import Kqueue
@@ -58,7 +60,7 @@ _ERESTART = -3  # sys/errno.h, inside the kernel only
 
 
 class Kernel:
-    """A NetBSD kernel and the calls that pykq makes to it; get one from ``load_kernel``.
+    """A kernel with a kqueue and the calls that pykq makes to it; get one from ``load_kernel``.
 
     Descriptors, in and out, are numbers that mean something to this kernel. Every call raises ``OSError``
     with the host's errno and the call's name.
@@ -79,23 +81,14 @@ class Kernel:
     #: Whether its descriptors are the host's too, so that ``os`` and ``select`` can take them.
     shares_descriptors = True
 
-    def __init__(self, library: ctypes.CDLL, prefix: str, kevent_prefix: str) -> None:
+    def __init__(self, library: ctypes.CDLL, abi: Abi, kevent: str) -> None:
         self._library = library
-        self._prefix = prefix
-        for abi in ABIS:
-            if hasattr(library, kevent_prefix + abi.entry):
-                break
-        else:
-            raise KernelUnavailable(
-                f"{library._name or 'libc'} has no kevent: no NetBSD kernel, or one before 6.0"
-            )
         self.abi = abi
         # No argtypes, here and below: they double the time of a call (2.2 us for 1.1, CPython 3.11). So
         # pointers are given as bytes, None or byref, and small numbers as int: a C int for ctypes, which
         # libffi widens to the register or stack slot that a size_t has.
-        self.kevent: Callable[..., int] = getattr(library, kevent_prefix + abi.entry)
+        self.kevent: Callable[..., int] = getattr(library, kevent)
         self.look = self.kevent
-        self._ioctl: Callable[..., int] = getattr(library, prefix + "ioctl")
         #: The open kqueues by descriptor, for ``pykq.tickle`` and for fork.
         self.kqueues: weakref.WeakValueDictionary[int, Kqueue] = weakref.WeakValueDictionary()
         os.register_at_fork(after_in_child=self._forked)
@@ -111,47 +104,46 @@ class Kernel:
 
     def call(self, name: str, *args: Any) -> int:
         """Make a system call, by name."""
-        function = getattr(self._library, self._prefix + name)
-        function.restype = ctypes.c_ssize_t if name in ("read", "write") else ctypes.c_int
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_ssize_t if name.endswith(("read", "write")) else ctypes.c_int
         result: int = function(*args)
         if result == -1:
-            raise self.error(name)
+            raise self.error(name.rpartition("_")[2])
         return result
 
     def kqueue(self) -> int:
         """Open a kqueue, close-on-exec."""
-        return self.call("kqueue1", O_CLOEXEC)
+        raise NotImplementedError
 
     def ioctl(self, fd: int, request: int, argument: Any = None) -> None:
         """An ioctl; ``argument`` is a ctypes pointer or None."""
-        if self._ioctl(fd, ctypes.c_ulong(request), argument) == -1:
-            raise self.error("ioctl")
+        raise NotImplementedError
 
-    def pipe(self) -> tuple[int, int]:
-        fds = (ctypes.c_int * 2)()
-        self.call("pipe2", fds, O_CLOEXEC)
-        return fds[0], fds[1]
+    def pipe(self, *, blocking: bool = True) -> tuple[int, int]:
+        """A pipe, close-on-exec: reader, writer."""
+        raise NotImplementedError
 
     def read(self, fd: int, size_bytes: int) -> bytes:
-        buffer = ctypes.create_string_buffer(size_bytes)
-        count = self.call("read", fd, buffer, ctypes.c_size_t(size_bytes))
-        return buffer.raw[:count]
+        raise NotImplementedError
 
     def write(self, fd: int, data: bytes) -> int:
-        return self.call("write", fd, data, ctypes.c_size_t(len(data)))
+        raise NotImplementedError
 
     def close(self, fd: int) -> None:
-        self.call("close", fd)
+        raise NotImplementedError
 
     def kfilter_byfilter(self, number: int) -> str:
-        """The name of the filter with this number, as ``"EVFILT_READ"``; FileNotFoundError: there is none."""
+        """The name of the filter with this number, as ``"EVFILT_READ"``. NetBSD only.
+
+        FileNotFoundError: there is none. See kqueue(2) of NetBSD, KFILTER_BYFILTER.
+        """
         name = ctypes.create_string_buffer(KFILTER_MAXNAME)
         mapping = KfilterMapping(ctypes.addressof(name), len(name), number)
         self._ioctl_on_kqueue(KFILTER_BYFILTER, ctypes.byref(mapping))
         return name.value.decode()
 
     def kfilter_byname(self, name: str) -> int:
-        """The number of the filter with this name; FileNotFoundError: there is none."""
+        """The number of the filter with this name; FileNotFoundError: there is none. NetBSD only."""
         text = ctypes.create_string_buffer(name.encode())
         mapping = KfilterMapping(ctypes.addressof(text), len(text), 0)
         self._ioctl_on_kqueue(KFILTER_BYNAME, ctypes.byref(mapping))
@@ -159,16 +151,34 @@ class Kernel:
 
     @cached_property
     def has_tickle(self) -> bool:
-        """Whether the kernel has KQUEUE_TICKLE: asked once."""
+        """Whether the kernel has KQUEUE_TICKLE: asked once, and of NetBSD only."""
+        return self.offers(Mechanism.TICKLE)
+
+    @cached_property
+    def mechanism(self) -> Mechanism:
+        """The best way to interrupt a wait that the kernel has: asked once."""
+        if self.has_tickle:
+            return Mechanism.TICKLE
+        return Mechanism.USER if self.offers(Mechanism.USER) else Mechanism.PIPE
+
+    def offers(self, mechanism: Mechanism) -> bool:
+        """Whether this mechanism works here: tried on a kqueue of its own."""
+        if mechanism == Mechanism.TICKLE and self.abi.system != "NetBSD":
+            return False  # what another system would make of the number, nobody knows
+        fd = self.kqueue()
         try:
-            self._ioctl_on_kqueue(KQUEUE_TICKLE)
-        except OSError as error:
-            if error.errno != errno.ENOTTY:
+            WAKERS[mechanism](self, fd).send(fd, KQUEUE_TICKLE)
+        except (OSError, struct.error) as error:  # the system has no such filter number
+            if isinstance(error, OSError) and error.errno not in (errno.ENOTTY, errno.EINVAL, errno.ENOENT):
                 raise
             return False
+        finally:
+            self.close(fd)
         return True
 
-    def _ioctl_on_kqueue(self, request: int, argument: Any = None) -> None:
+    def _ioctl_on_kqueue(self, request: int, argument: Any) -> None:
+        if self.abi.system != "NetBSD":
+            raise OSError(errno.ENOTTY, f"only NetBSD's kernel can be asked for its filters, not {self.name}")
         fd = self.kqueue()
         try:
             self.ioctl(fd, request, argument)
@@ -183,22 +193,74 @@ class Kernel:
 
 
 class RunningSystem(Kernel):
-    """The kernel this process runs on, through its libc."""
+    """The kernel this process runs on, through its libc; on Linux libkqueue, a library in its place."""
 
     def __init__(self) -> None:
-        system = platform.system()
-        if system != "NetBSD":
-            lacks = "Linux has no kqueue" if system == "Linux" else f"pykq does not know {system}'s kqueue"
-            raise KernelUnavailable(
-                f"{lacks}: run NetBSD, or its kernel as a library: `invoke build-rump`, then PYKQ_KERNEL=rump"
-            )
-        super().__init__(ctypes.CDLL(None, use_errno=True), prefix="", kevent_prefix="__")
+        system, release = platform.system(), platform.release()
+        path = None
+        if system == "Linux":
+            path = ctypes.util.find_library("kqueue")
+            if path is None:
+                raise KernelUnavailable(
+                    "Linux has no kqueue: run NetBSD, or its kernel as a library: `invoke build-rump`, then"
+                    " PYKQ_KERNEL=rump; or install libkqueue"
+                )
+        library = ctypes.CDLL(path, use_errno=True)
+        abi = _abi_of("libkqueue" if path else system, release, library)
+        super().__init__(library, abi, abi.entry)
         import fcntl  # here, because pykq can be imported where this cannot
 
-        self.name = f"{system} {platform.release()} {platform.machine()}, the running system"
+        self.name = f"{system} {release} {platform.machine()}, the running system"
         self.plain_ioctl = fcntl.ioctl  # in a guest 1.9 us; ctypes takes 3.7 to 6.3
-        # Without errno and without giving up the GIL: 5.3 us for 7.1 in the same guest.
-        self.look = getattr(ctypes.PyDLL(None), "__" + self.abi.entry)
+        if path:
+            self.name = f"libkqueue ({path}) on {self.name}"
+        else:
+            # Without errno and without giving up the GIL: 5.3 us for 7.1 in the same guest.
+            self.look = getattr(ctypes.PyDLL(None), abi.entry)
+
+    def kqueue(self) -> int:
+        if self.abi.system == "NetBSD":
+            return self.call("kqueue1", O_CLOEXEC)
+        fd = self.call("kqueue")
+        os.set_inheritable(fd, False)
+        return fd
+
+    def ioctl(self, fd: int, request: int, argument: Any = None) -> None:
+        self.call("ioctl", fd, ctypes.c_ulong(request), argument)
+
+    def pipe(self, *, blocking: bool = True) -> tuple[int, int]:
+        fds = os.pipe()
+        for fd in fds:
+            os.set_blocking(fd, blocking)
+        return fds
+
+    def read(self, fd: int, size_bytes: int) -> bytes:
+        return os.read(fd, size_bytes)
+
+    def write(self, fd: int, data: bytes) -> int:
+        return os.write(fd, data)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+
+def _abi_of(system: str, release: str, library: ctypes.CDLL, prefix: str = "") -> Abi:
+    """The row of the table for a system whose C library this is."""
+    rows = [abi for abi in ABIS if abi.system == system]
+    for abi in rows:
+        newer = system == "FreeBSD" and int(abi.since) > int(release.partition(".")[0])
+        if not newer and hasattr(library, prefix + abi.entry.lstrip("_" if prefix else "")):
+            return abi
+    if rows:
+        where = library._name or "libc"
+        raise KernelUnavailable(f"{where} has no kevent that pykq knows: {system} {release}")
+    raise KernelUnavailable(
+        f"pykq does not know {system}'s kqueue: run NetBSD, or its kernel as a library: `invoke build-rump`,"
+        " then PYKQ_KERNEL=rump"
+    )
+
+
+_RUMP = "rump___sysimpl_"  # what the names of a rump kernel's system calls begin with
 
 
 class RumpKernel(Kernel):
@@ -234,7 +296,8 @@ class RumpKernel(Kernel):
             start, version = library.rump_init, library.rump_pub_getversion
         except AttributeError as error:
             raise KernelUnavailable(f"{order[1]} is no rump kernel: {error}") from None
-        super().__init__(library, prefix="rump___sysimpl_", kevent_prefix="rump___sysimpl_")
+        abi = _abi_of("NetBSD", "", library, _RUMP)
+        super().__init__(library, abi, _RUMP + abi.entry.lstrip("_"))
         with _console_off_stdout():
             failed = start()
         if failed:
@@ -243,6 +306,7 @@ class RumpKernel(Kernel):
             )
         self.name = f"NetBSD {_release(version())}, a rump kernel in {directory}"
         self.plain_ioctl = self.ioctl
+        self._ioctl: Callable[..., int] = getattr(library, f"{_RUMP}ioctl")
         self._kevent, self.kevent = self.kevent, self._wait
         self._is_child = False
         self._main_thread = threading.main_thread().ident
@@ -251,11 +315,34 @@ class RumpKernel(Kernel):
         """Make a system call, by name."""
         if self._is_child:
             raise KernelUnavailable("a rump kernel does not live on in the child of a fork: use spawn")
-        return super().call(name, *args)
+        return super().call(_RUMP + name, *args)
 
     def _forked(self) -> None:
         super()._forked()
         self._is_child = True  # its threads are gone, and a call may wait for one of them
+
+    def kqueue(self) -> int:
+        return self.call("kqueue1", O_CLOEXEC)
+
+    def ioctl(self, fd: int, request: int, argument: Any = None) -> None:
+        if self._ioctl(fd, ctypes.c_ulong(request), argument) == -1:
+            raise self.error("ioctl")
+
+    def pipe(self, *, blocking: bool = True) -> tuple[int, int]:
+        fds = (ctypes.c_int * 2)()
+        self.call("pipe2", fds, O_CLOEXEC if blocking else O_CLOEXEC | O_NONBLOCK)
+        return fds[0], fds[1]
+
+    def read(self, fd: int, size_bytes: int) -> bytes:
+        buffer = ctypes.create_string_buffer(size_bytes)
+        count = self.call("read", fd, buffer, ctypes.c_size_t(size_bytes))
+        return buffer.raw[:count]
+
+    def write(self, fd: int, data: bytes) -> int:
+        return self.call("write", fd, data, ctypes.c_size_t(len(data)))
+
+    def close(self, fd: int) -> None:
+        self.call("close", fd)
 
     def error(self, call: str) -> OSError:
         """What failed last in this thread, with NetBSD's errno turned into the host's by name."""
@@ -278,14 +365,11 @@ class RumpKernel(Kernel):
 
         The rump kernel sleeps on a lock of the host's, and no signal ends that. So that Python can run
         its handlers while the main thread waits, a helper thread makes the call; should a handler raise,
-        as Ctrl-C's does, a tickle brings the helper back. On a kernel without the tickle the main thread
-        sleeps a tenth of a second at a time. Other threads run no handlers and sleep in the kernel
-        themselves.
+        as Ctrl-C's does, the kqueue's mechanism brings the helper back, and what it brings is dropped.
+        Other threads run no handlers and sleep in the kernel themselves.
         """
         if threading.get_ident() != self._main_thread or timeout == POLL or not nevents:
             return self._kevent(fd, changes, nchanges, events, nevents, timeout)
-        if not self.has_tickle:
-            return self._wait_in_slices(fd, changes, nchanges, events, nevents, timeout)
         outcome = []
 
         def call() -> None:
@@ -298,27 +382,14 @@ class RumpKernel(Kernel):
             helper.start()
             helper.join()
         except BaseException:
-            if helper.is_alive():
-                self.plain_ioctl(fd, KQUEUE_TICKLE)
+            kqueue = self.kqueues.get(fd)
+            if kqueue is not None and helper.is_alive():
+                kqueue.tickle()
                 helper.join()
             raise
         result, number = outcome[0]
         ctypes.set_errno(number)  # each thread has its own: hand the helper's on
         return result
-
-    def _wait_in_slices(
-        self, fd: int, changes: Any, nchanges: int, events: Any, nevents: int, timeout: bytes | None
-    ) -> int:
-        seconds, nanoseconds = (math.inf, 0) if timeout is None else TIMESPEC.unpack(timeout)
-        deadline = time.monotonic() + seconds + nanoseconds / 1e9
-        while True:
-            slice_s = min(0.1, max(0.0, deadline - time.monotonic()))
-            result = self._kevent(
-                fd, changes, nchanges, events, nevents, TIMESPEC.pack(0, int(slice_s * 1e9))
-            )
-            if result or time.monotonic() >= deadline:
-                return result
-            changes, nchanges = None, 0  # applied by the first call
 
 
 @contextlib.contextmanager
@@ -353,7 +424,7 @@ def load_kernel(kernel: Kernel | str | os.PathLike[str] | None = None) -> Kernel
     ``kernel`` is one of these; None means what ``PYKQ_KERNEL`` in the environment says, or else the
     running system.
 
-    * ``"system"``: the running system, which has to be NetBSD;
+    * ``"system"``: the running system, which has a kqueue, or on Linux libkqueue;
     * ``"rump"``, ``"rump:stock"``: the newest patched or stock rump kernel in pykq's cache folder;
     * a directory with ``librump.so`` and ``librumpuser.so``: that rump kernel;
     * a ``Kernel``: itself.

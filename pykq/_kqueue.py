@@ -1,4 +1,4 @@
-"""The kqueue object, its changes and events, and what a tickle is to the thread that waits."""
+"""The kqueue object, and what a tickle is to the thread that waits."""
 
 import contextlib
 import ctypes
@@ -8,14 +8,15 @@ import math
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple, NoReturn, Protocol, Self, SupportsIndex, overload
+from typing import NoReturn, Self, overload
 
-from pykq._abi import KQUEUE_TICKLE, POLL, TIMESPEC, Abi, KeventFields
-from pykq._constants import EV, EVFILT
+from pykq._abi import KQUEUE_TICKLE, POLL, TIMESPEC
+from pykq._events import Events, HasFileno, Kevent
 from pykq._kernel import Kernel, TickleNotSupported, load_kernel
+from pykq._mechanism import WAKERS, Mechanism, Waker
 
 # The package ctypes-callable asks CPython itself; on other interpreters the builtin serves.
 try:
@@ -23,7 +24,6 @@ try:
 except (ImportError, AttributeError):
     from builtins import callable
 
-_MAX_EVENTS = 1 << 20  # more in one wait is a mistake: the buffer alone would be 72 MB
 _FOREVER_S = 1e8  # three years: a longer wait is one without end
 
 
@@ -32,97 +32,6 @@ class Tickled(InterruptedError):
 
     The changes given with the wait have been applied: do not give them again.
     """
-
-
-class HasFileno(Protocol):
-    def fileno(self) -> int: ...
-
-
-class _Fields(NamedTuple):
-    ident: int
-    filter: int
-    flags: int
-    fflags: int
-    data: int
-    udata: int
-
-
-class Kevent(KeventFields, _Fields):
-    """A change to give to a kqueue, or an event got from it: ``struct kevent``, a tuple of six numbers.
-
-    Args:
-        ident: what to watch: a descriptor or an object that has one; for other filters a number (see
-            ``EVFILT``).
-        filter: what to watch it for.
-        flags: what to do (``EV.ADD`` and so on); in an event, what is to be known of it.
-        fflags: the filter's own flags (``NoteVnode`` and so on).
-        data: the filter's own number, signed, 64 bits.
-        udata: a number of yours, as wide as a pointer, that comes back with each event.
-    """
-
-    __slots__ = ()
-
-    def __new__(
-        cls,
-        ident: int | HasFileno,
-        filter: int = EVFILT.READ,
-        flags: int = EV.ADD,
-        fflags: int = 0,
-        data: int = 0,
-        udata: int = 0,
-    ) -> Self:
-        if isinstance(ident, Kqueue):
-            ident = ident.ident
-        elif not isinstance(ident, int):
-            ident = ident.fileno()
-        return super().__new__(cls, ident, filter, flags, fflags, data, udata)
-
-
-_kevent_from = partial(tuple.__new__, Kevent)  # not through __new__: the kernel's numbers need no checks
-
-
-class Events(Sequence[KeventFields]):
-    """A buffer for the events of one wait, from ``Kqueue.buffer``, to use again and again.
-
-    Its events are views of the C array that the kernel writes, made once: they have the attributes of a
-    ``Kevent``, and change with the next wait into the buffer.
-    """
-
-    __slots__ = ("_array", "_bytes", "_capacity", "_codec", "_count", "_reference", "_views")
-
-    def __init__(self, abi: Abi, max_events: int) -> None:
-        if not 0 <= max_events <= _MAX_EVENTS:
-            raise ValueError(f"max_events must be 0 to {_MAX_EVENTS}, not {max_events}")
-        self._capacity = max_events
-        self._array = (abi.kevent * max_events)()
-        self._reference = ctypes.byref(self._array)
-        self._bytes = memoryview(self._array).cast("B")
-        self._codec = abi.codec
-        self._views: list[KeventFields] = []
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[KeventFields]:
-        return iter(self[:])
-
-    @overload
-    def __getitem__(self, index: SupportsIndex) -> KeventFields: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[KeventFields]: ...
-    def __getitem__(self, index: SupportsIndex | slice) -> KeventFields | list[KeventFields]:
-        if not self._views:
-            self._views = list(self._array)
-        return self._views[: self._count][index]
-
-    def copy(self) -> list[Kevent]:
-        """The events as objects of their own."""
-        filled = self._bytes[: self._count * self._codec.size]
-        return list(map(_kevent_from, self._codec.iter_unpack(filled)))
-
-    def __repr__(self) -> str:
-        return f"Events({self.copy()})"
 
 
 def _nanoseconds(timeout: float) -> int | None:
@@ -140,22 +49,46 @@ class Kqueue:
 
     Args:
         kernel: the kernel to open it in, as for ``load_kernel``.
+        mechanism: what ``tickle`` uses, a ``Mechanism`` or its value; None means what ``PYKQ_MECHANISM`` in
+            the environment says, or else the best that the kernel has.
         on_tickle: called without arguments when a tickle ends a wait, in the thread that waited;
             ``kevent`` then returns no events. Without it ``kevent`` raises ``Tickled``.
 
     Raises:
         KernelUnavailable: there is no such kernel.
-        OSError: ``EMFILE``, ``ENFILE``: too many descriptors are open.
+        TickleNotSupported: the mechanism is KQUEUE_TICKLE, and the kernel has none.
+        ValueError: there is no mechanism of that name.
+        OSError: ``EMFILE``, ``ENFILE``: too many descriptors are open; ``EINVAL``: the mechanism is
+            EVFILT_USER, and the kernel has none.
+
+    **Without KQUEUE_TICKLE** a hidden event stands in for the kernel's flag, and what is promised of a
+    tickle (T1 to T8 in the README) holds but for these:
+
+    * T2: when events fill the whole buffer while another thread is inside ``tickle``, its tickle may not be
+      consumed by that return, and is reported by a later wait: once too often.
+    * T7: EVFILT_USER wakes one of the threads asleep, and that one returns.
+    * T8: the hidden event makes the descriptor readable, for ``select`` and for another kqueue.
+
+    **Several threads in a wait** on one kqueue: one tickle brings one of them back, and which one is the
+    kernel's choice. So let any of them do what a tickle announces, or give each a kqueue of its own. And a
+    thread that looks with a zero timeout consumes tickles without being told (T5): where one thread sleeps
+    and another looks, keep what is announced in a place that both look at.
     """
 
     def __init__(
         self,
         kernel: Kernel | str | os.PathLike[str] | None = None,
         *,
+        mechanism: Mechanism | str | None = None,
         on_tickle: Callable[[], object] | None = None,
     ) -> None:
-        self._prepare(load_kernel(kernel), on_tickle)
-        self._own(self.kernel.kqueue())
+        self._prepare(load_kernel(kernel), mechanism, on_tickle)
+        fd = self.kernel.kqueue()
+        try:
+            self._own(fd)
+        except BaseException:
+            self.kernel.close(fd)
+            raise
 
     @classmethod
     def from_fd(
@@ -163,36 +96,53 @@ class Kqueue:
         fd: int,
         kernel: Kernel | str | os.PathLike[str] | None = None,
         *,
+        mechanism: Mechanism | str | None = None,
         on_tickle: Callable[[], object] | None = None,
     ) -> Self:
-        """Take over an open kqueue by its descriptor, and close it in the end. ``EBADF`` when it is none."""
+        """Take over an open kqueue by its descriptor, and close it in the end. ``EBADF`` when it is none.
+
+        A hidden event would be an event like any other to code that goes on using the descriptor itself.
+        """
         self = cls.__new__(cls)
-        self._prepare(load_kernel(kernel), on_tickle)
+        self._prepare(load_kernel(kernel), mechanism, on_tickle)
         # With no room for events kevent does not scan: this says that fd is a kqueue, and consumes no tickle.
-        if not 0 <= fd < 1 << 31:  # which ctypes would cut down to a C int
+        # 2**31 and more ctypes would cut down to a C int.
+        if not 0 <= fd < 1 << 31 or self._kevent(fd, None, 0, None, 0, POLL) < 0:
             raise OSError(errno.EBADF, f"kevent: {os.strerror(errno.EBADF)}")
-        if self._kevent(fd, None, 0, None, 0, POLL) < 0:
-            raise self.kernel.error("kevent")
         self._own(fd)
         return self
 
     _fd = -1  # until it owns a descriptor, and when it no longer does
 
-    def _prepare(self, kernel: Kernel, on_tickle: Callable[[], object] | None) -> None:
+    def _prepare(
+        self, kernel: Kernel, mechanism: Mechanism | str | None, on_tickle: Callable[[], object] | None
+    ) -> None:
         if on_tickle is not None and not callable(on_tickle):
             raise TypeError(f"on_tickle must be callable, not {on_tickle!r}")
         #: The kernel it lives in.
         self.kernel = kernel
+        try:
+            #: What ``tickle`` uses.
+            self.mechanism = Mechanism(mechanism or os.environ.get("PYKQ_MECHANISM") or kernel.mechanism)
+        except ValueError:
+            known = ", ".join(Mechanism)
+            name = mechanism or f"PYKQ_MECHANISM={os.environ['PYKQ_MECHANISM']}"
+            raise ValueError(f"there is no mechanism {name!r}: give one of {known}") from None
+        if self.mechanism == Mechanism.TICKLE and not kernel.has_tickle:
+            raise _not_supported(kernel)
         self._on_tickle = on_tickle
         self._tickled = False
         self._kevent: Callable[..., int] = kernel.kevent
-        self._ioctl: Callable[[int, int], object] = kernel.plain_ioctl
         self._look: Callable[..., int] = kernel.look
         self._codec = kernel.abi.codec
         self._spare: list[Events] = []
         self._closed_text = ""
 
     def _own(self, fd: int) -> None:
+        self._waker: Waker = WAKERS[self.mechanism](self.kernel, fd)
+        self._send = self._waker.send
+        if self._waker.head:
+            self._look = _to_be_waited_for
         self._fd = fd
         self._to_close = [fd]
         self.kernel.kqueues[fd] = self
@@ -205,12 +155,15 @@ class Kqueue:
     def kevent(
         self, changes: Iterable[Kevent] | None = ..., *, timeout: float | None = ..., into: Events
     ) -> Events: ...
+    @overload
+    def kevent(
+        self, changes: Iterable[Kevent] | None, max_events: int, timeout: float | None, into: Events
+    ) -> Events: ...
     def kevent(
         self,
         changes: Iterable[Kevent] | None = (),
         max_events: int = 64,
         timeout: float | None = None,
-        *,
         into: Events | None = None,
     ) -> list[Kevent] | Events:
         """Apply ``changes``, then wait for events. The arguments are in ``select.kqueue.control``'s order.
@@ -229,13 +182,21 @@ class Kqueue:
 
         Raises:
             Tickled: ``tickle()`` was called and no event was there. The wait consumes all tickles before it,
-                whatever it returns or raises. A tickle may be reported once too often, never not at all.
+                whatever it returns or raises. A tickle may be reported once too often, never not at all:
+                so look at what it announces, and do not count.
             ValueError: a bad argument, or the kqueue is closed, be it during the wait.
             OSError: from the kernel.
 
         A signal does not end the wait: Python's handlers run, in the main thread, and when they do not raise
         the wait goes on with the time that remains. The GIL is released while it lasts.
         """
+        if into is not None and timeout == 0 and not changes and into._codec is self._codec:
+            # The fastest there is: a loop looks often. Of a tickle it need not know (T5).
+            look = self._look  # calling self._look(...) takes longer, in CPython 3.11
+            count = look(self._fd, None, 0, into._reference, into._capacity, POLL)
+            if count >= 0:  # else it is to be waited for; or it failed, and _wait will raise what for
+                into._count = count
+                return into
         if into is None:
             try:
                 events = self._spare.pop()
@@ -243,27 +204,23 @@ class Kqueue:
                 events = self.buffer(max_events)
             if events._capacity != max_events:
                 events = self.buffer(max_events)
-        elif into._codec is self._codec:
-            events = into
-        else:
-            raise ValueError("the buffer belongs to a kqueue of a kernel with another struct kevent")
-        try:
-            count = -1
-            if timeout == 0 and not changes:
-                look = self._look  # calling self._look(...) takes longer, in CPython 3.11
-                count = look(self._fd, None, 0, events._reference, events._capacity, POLL)
-            if count < 0:  # to be waited for; or the look failed, and this will raise what it failed for
-                count = self._wait(changes, events, timeout)
-            events._count = count
-            if into is not None:
-                return into
-            return events.copy() if count else []
-        finally:
-            if into is None:
+            try:
+                events._count = self._wait(changes, events, timeout)
+                return events.copy() if events._count else []
+            finally:
                 self._spare.append(events)
+        if into._codec is not self._codec:
+            raise ValueError("the buffer belongs to a kqueue of a kernel with another struct kevent")
+        into._count = self._wait(changes, into, timeout)
+        return into
 
     def _wait(self, changes: Iterable[Kevent] | None, events: Events, timeout: float | None) -> int:
         """The number of events, when they are there or the time is over."""
+        if timeout == 0 and not changes:
+            count = self._look(self._fd, None, 0, events._reference, events._capacity, POLL)
+            if count >= 0:
+                return count
+        waker = self._waker  # which lives as long as this: see Pipe
         events._count = 0  # should this raise
         changelist, nchanges = self._pack(changes) if changes else (None, 0)
         timespec, deadline_ns = None, None
@@ -276,11 +233,23 @@ class Kqueue:
             count = self._kevent(
                 self._fd, changelist, nchanges, events._reference, events._capacity, timespec
             )
-            if count >= 0:
+            tickled = False
+            if count < 0:
+                tickled = self._tickle_ended_it()
+            elif count > 0 and waker.head:
+                count, tickled = self._without_hidden(waker, events, count)
+                if count or timeout == 0:
+                    return count
+            elif count > 0 or timespec is not None or not events._capacity:
                 return count
-            if self._tickle_ended_it():
+            if tickled:
+                if self._on_tickle is None:
+                    raise Tickled(errno.EINTR, "kevent: interrupted by a tickle")
+                self._on_tickle()
                 return 0
-            # It was a signal. Python runs its handlers between bytecodes: here, or when the loop jumps back.
+            # It was a signal, and Python runs its handlers between bytecodes: here, or when the loop jumps
+            # back. Or another thread took the tickle that woke this one; or, as libkqueue has it, the event.
+            #
             # The changes are not given again: the kernel registers them before it scans, and only the scan
             # sleeps (kevent1 in kern_event.c).
             changelist, nchanges = None, 0
@@ -291,7 +260,7 @@ class Kqueue:
                 timespec = TIMESPEC.pack(*divmod(left_ns, 1_000_000_000))
 
     def _tickle_ended_it(self) -> bool:
-        """After kevent failed: True for a tickle that on_tickle has been told of, False for a signal.
+        """After kevent failed: True for a tickle, False for a signal.
 
         The kernel says EINTR for both. So ``tickle()`` sets ``_tickled``, and then the kernel's own flag by
         its ioctl. The kernel's flag is cleared by every return from kevent, ``_tickled`` only here. Say that
@@ -312,13 +281,31 @@ class Kqueue:
                 raise ValueError(self._closed_text)
             if error.errno != errno.EINTR:
                 raise error
-        if not self._tickled:
-            return False
+        tickled = self._tickled and not self._waker.head
+        if tickled:
+            self._tickled = False
+        return tickled
+
+    def _without_hidden(self, waker: Waker, events: Events, count: int) -> tuple[int, bool]:
+        """The number of events besides the hidden one, and whether that was there: a tickle, consumed.
+
+        A tickle without the ioctl. ``_tickled`` saves system calls here: where it is not set, nobody has
+        called ``tickle`` since the last return, and the hidden event cannot be left behind.
+        """
+        events._count = count
+        if not events._remove(waker.head):
+            if count == events._capacity and self._tickled:  # no room for it: this return consumes it (T2)
+                self._tickled = False
+                waker.clear()
+            return count, False
         self._tickled = False
-        if self._on_tickle is None:
-            raise Tickled(errno.EINTR, "kevent: interrupted by a tickle")
-        self._on_tickle()
-        return True
+        tickled = waker.take()
+        if not events._count:  # any other event that is there wins (T2), and it consumes a tickle, too
+            more = self._kevent(self._fd, None, 0, events._reference, events._capacity, POLL)
+            events._count = max(more, 0)
+            if more > 0 and events._remove(waker.head):
+                tickled = waker.take() or tickled
+        return events._count, tickled
 
     def tickle(self) -> None:
         """Interrupt one wait: a thread that sleeps in ``kevent``, or else the next that would sleep.
@@ -326,13 +313,13 @@ class Kqueue:
         Pending events win over it. From any thread, and from a signal handler.
 
         Raises:
-            TickleNotSupported: the kernel has no KQUEUE_TICKLE.
             ValueError: the kqueue is closed.
+            OSError: ``EBADF``: its descriptor was closed behind its back.
         """
         self._tickled = True  # before the ioctl: see _tickle_ended_it
-        ioctl = self._ioctl  # calling self._ioctl(...) takes longer, in CPython 3.11
+        send = self._send  # calling self._send(...) takes longer, in CPython 3.11
         try:
-            ioctl(self._fd, KQUEUE_TICKLE)
+            send(self._fd, KQUEUE_TICKLE)
         except (OSError, ValueError) as error:
             self._tickled = False
             if self._fd < 0:
@@ -372,17 +359,18 @@ class Kqueue:
         """Close it; a second time does nothing. A wait in another thread ends with ``ValueError``.
 
         Before NetBSD 10 the kernel's close waits for the threads asleep on the kqueue to return: one of
-        them does at once, with KQUEUE_TICKLE; any others only when an event or their timeout comes.
+        them does at once, any others only when an event or their timeout comes.
         """
         try:
             fd = self._to_close.pop()  # once, whoever calls: threads, signal handlers, __del__
         except IndexError:
             return
+        send = partial(self._send, fd, KQUEUE_TICKLE)
         self._refuse("I/O operation on closed kqueue object")
         if self.kernel.kqueues.get(fd) is self:
             del self.kernel.kqueues[fd]
-        with contextlib.suppress(OSError):  # most kernels have none
-            self.kernel.plain_ioctl(fd, KQUEUE_TICKLE)
+        with contextlib.suppress(OSError):  # closed behind its back
+            send()
         self.kernel.close(fd)
 
     def _forget(self) -> None:
@@ -397,15 +385,15 @@ class Kqueue:
 
         self._closed_text = why
         self._fd = -1
-        self._kevent = self._look = self._ioctl = refuse
+        self._kevent = self._look = self._send = refuse
+        self._waker = _CLOSED
 
     def _pack(self, changes: Iterable[Kevent]) -> tuple[bytes, int]:
+        pack = self.kernel.abi.pack
         packed = []
-        for change in changes:
-            if not isinstance(change, Kevent):
-                raise TypeError(f"changes must be Kevent objects, not {change!r}")
+        for change in map(Kevent.of, changes):
             try:
-                packed.append(self._codec.pack(*change))
+                packed.append(pack(*change))
             except struct.error as error:
                 raise ValueError(f"{change!r} does not fit struct kevent: {error}") from None
         return b"".join(packed), len(packed)
@@ -418,19 +406,47 @@ class Kqueue:
     ) -> None:
         self.close()
 
+    def control(
+        self, changes: Iterable[Kevent] | None, max_events: int, timeout: float | None = None
+    ) -> list[Kevent]:
+        """``kevent`` under the name it has in ``select.kqueue``."""
+        return self.kevent(changes, max_events, timeout)
+
     def __del__(self) -> None:
         if self._fd >= 0:  # it came to own one
             self.close()
 
     def __repr__(self) -> str:
-        return f"<Kqueue {'closed' if self.closed else self._fd} on {self.kernel.name}>"
+        state = "closed" if self.closed else f"{self._fd}, {self.mechanism}"
+        return f"<Kqueue {state}, on {self.kernel.name}>"
+
+
+def _to_be_waited_for(*_: object) -> int:
+    return -1
+
+
+class _Closed:
+    """The waker of a kqueue that is closed; a pipe goes when the last wait does."""
+
+    head = b""
+
+    def send(self, fd: int, request: int) -> None: ...
+
+    def take(self) -> bool:
+        return False
+
+    def clear(self) -> None: ...
+
+
+_CLOSED = _Closed()
 
 
 def tickle(kqueue: Kqueue | HasFileno | int) -> None:
     """Interrupt one wait on a kqueue, given as a ``Kqueue``, a ``select.kqueue`` or a descriptor.
 
     A wait by ``Kqueue.kevent`` on that descriptor raises ``Tickled``. ``select.kqueue.control`` swallows
-    it: it starts again after ``EINTR`` (PEP 475). A descriptor is one of the running system.
+    it: it starts again after ``EINTR`` (PEP 475). A descriptor is one of the running system; what is no
+    ``Kqueue`` can be tickled by KQUEUE_TICKLE alone.
 
     Raises:
         TickleNotSupported: the kernel has no KQUEUE_TICKLE.
@@ -454,5 +470,9 @@ def _tickle_error(error: Exception, kernel: Kernel) -> Exception:
     if not isinstance(error, OSError):
         return error
     if error.errno == errno.ENOTTY:
-        return TickleNotSupported(errno.ENOTTY, f"this kernel has no KQUEUE_TICKLE: {kernel.name}")
-    return OSError(error.errno, f"ioctl(KQUEUE_TICKLE): {os.strerror(error.errno or 0)}")
+        return _not_supported(kernel)
+    return OSError(error.errno, f"tickle: {os.strerror(error.errno or 0)}")
+
+
+def _not_supported(kernel: Kernel) -> TickleNotSupported:
+    return TickleNotSupported(errno.ENOTTY, f"this kernel has no KQUEUE_TICKLE: {kernel.name}")

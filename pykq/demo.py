@@ -1,4 +1,4 @@
-"""``python -m pykq.demo``: a kevent is interrupted while you watch. Exit status 1: there is no tickle."""
+"""``python -m pykq.demo``: a kevent is interrupted while you watch. Exit status 1: there is no kqueue."""
 
 import argparse
 import select
@@ -14,9 +14,9 @@ PAUSE_S = 0.5  # for the reader to follow; no result depends on it
 ROUNDS = 100
 
 
-def interrupt_a_wait(kernel: pykq.Kernel) -> None:
+def interrupt_a_wait(kernel: pykq.Kernel, mechanism: pykq.Mechanism) -> None:
     print("1. A wait is interrupted")
-    with pykq.Kqueue(kernel) as kq:
+    with pykq.Kqueue(kernel, mechanism=mechanism) as kq:
         reader, writer = kernel.pipe()
         kq.kevent([pykq.Kevent(reader)], 0)
         returned = Waiter(lambda: kq.kevent())
@@ -28,7 +28,10 @@ def interrupt_a_wait(kernel: pykq.Kernel) -> None:
         kq.tickle()
         outcome = returned.result()
         print(f"   ... and {1e6 * (returned.at - sent):.0f} us later kevent is back: {outcome}.")
-        print("   The pipe is as empty as before: no byte was sent, no signal, no event.")
+        if mechanism == pykq.Mechanism.TICKLE:
+            print("   The pipe is as empty as before: no byte was sent, no signal, no event.")
+        else:
+            print(f"   The pipe is as empty as before. What happened is a hidden event: {mechanism}.")
         latencies_us = [1e6 * wake_up(kq) for _ in range(ROUNDS)]
         median = statistics.median(latencies_us)
         print(f"   The same {ROUNDS} times: median {median:.0f} us, the slowest {max(latencies_us):.0f} us.")
@@ -46,9 +49,9 @@ def wake_up(kq: pykq.Kqueue) -> float:
     return waiter.at - sent
 
 
-def let_events_win(kernel: pykq.Kernel) -> None:
+def let_events_win(kernel: pykq.Kernel, mechanism: pykq.Mechanism) -> None:
     print("2. Pending events win")
-    with pykq.Kqueue(kernel) as kq:
+    with pykq.Kqueue(kernel, mechanism=mechanism) as kq:
         reader, writer = kernel.pipe()
         kq.kevent([pykq.Kevent(reader)], 0)
         kernel.write(writer, b"!")
@@ -67,6 +70,9 @@ def swallow_it(kernel: pykq.Kernel) -> None:
     print("3. select.kqueue swallows a tickle")
     if not kernel.shares_descriptors:
         print("   Left out: Python's select.kqueue asks the running system, and this is a rump kernel.")
+        return
+    if not kernel.has_tickle:
+        print("   Left out: this kernel has no KQUEUE_TICKLE to be swallowed.")
         return
     kq = select.kqueue()  # type: ignore[attr-defined,unused-ignore]  # Linux has none
     start = time.perf_counter()
@@ -109,22 +115,24 @@ class Waiter:
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pykq.demo", description="Interrupt a kevent and watch.")
     parser.add_argument("--kernel", help="system, rump or a directory (default: $PYKQ_KERNEL)")
+    parser.add_argument("--mechanism", help=f"{', '.join(pykq.Mechanism)} (default: the best there is)")
     options = parser.parse_args(args)
     try:
         kernel = pykq.load_kernel(options.kernel)
-        with pykq.Kqueue(kernel) as kq:
-            kq.tickle()
-    except pykq.KernelUnavailable as error:
-        print(f"pykq.demo: {error}", file=sys.stderr)
-        return 1
-    except pykq.TickleNotSupported as error:
-        print(f"pykq.demo: {error.strerror}", file=sys.stderr)
+        with pykq.Kqueue(kernel, mechanism=options.mechanism) as kq:
+            mechanism = kq.mechanism
+    except (pykq.KernelUnavailable, pykq.TickleNotSupported, ValueError) as error:
+        print(f"pykq.demo: {getattr(error, 'strerror', error)}", file=sys.stderr)
         return 1
     print(f"Kernel:    {kernel.name}")
-    print("Mechanism: the ioctl KQUEUE_TICKLE\n")
-    interrupt_a_wait(kernel)
+    if mechanism == pykq.Mechanism.TICKLE:
+        print("Mechanism: the ioctl KQUEUE_TICKLE\n")
+    else:
+        has = "has KQUEUE_TICKLE, too" if kernel.has_tickle else "has no KQUEUE_TICKLE"
+        print(f"Mechanism: {mechanism}, not the ioctl (this kernel {has})\n")
+    interrupt_a_wait(kernel, mechanism)
     print()
-    let_events_win(kernel)
+    let_events_win(kernel, mechanism)
     print()
     swallow_it(kernel)
     return 0

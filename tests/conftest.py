@@ -27,6 +27,10 @@ HANG_S = 30.0  # no wait that is about to end takes so long, on the slowest emul
 EINTR = "EINTR"  # what Waiter.outcome says of a wait that the kernel interrupted
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "stress: races thousands of times; invoke test --quick leaves it out")
+
+
 @pytest.fixture(scope="session")
 def kernel(record_testsuite_property: Callable[[str, object], None]) -> pykq.Kernel:
     try:
@@ -53,6 +57,15 @@ def tickling(kernel: pykq.Kernel) -> bool:
 def short_s(kernel: pykq.Kernel) -> float:
     """A timeout that is to pass, with time for all that comes before, in an emulated guest as well."""
     return 0.2 if kernel.shares_descriptors else 0.05
+
+
+@pytest.fixture(params=list(pykq.Mechanism))
+def mechanism(request: pytest.FixtureRequest, kernel: pykq.Kernel, tickling: bool) -> pykq.Mechanism:
+    """Each mechanism that the kernel has."""
+    chosen = pykq.Mechanism(request.param)
+    if not kernel.offers(chosen):
+        pytest.skip(f"this kernel has no {chosen}")
+    return chosen
 
 
 @pytest.fixture

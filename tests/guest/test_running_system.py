@@ -146,6 +146,32 @@ def test_t10_the_child_of_a_fork_has_no_kqueue(kq, tickle):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+def test_the_child_of_a_fork_has_not_the_hidden_pipe(kernel, watchdog):
+    with pykq.Kqueue(kernel, mechanism="pipe") as kq:
+        fds = kq._waker._fds
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for fd in fds:
+                    with pytest.raises(OSError):
+                        os.fstat(fd)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        kq.tickle()
+        with pytest.raises(pykq.Tickled):
+            kq.kevent(timeout=LONG_S)
+
+
+def test_closing_closes_the_hidden_pipe(kernel):
+    with pykq.Kqueue(kernel, mechanism="pipe") as kq:
+        fds = kq._waker._fds
+    for fd in fds:
+        with pytest.raises(OSError):
+            os.fstat(fd)
+
+
 def test_a_kqueue_is_closed_on_exec(kq):
     assert not os.get_inheritable(kq.fileno())
 
@@ -154,8 +180,8 @@ def test_t10_a_kqueue_that_is_not_closed_on_exec_can_be_tickled_after_it(ticklin
     program = """
 import os, sys, pykq
 if len(sys.argv) > 1:
-    kq = pykq.Kqueue.from_fd(int(sys.argv[1]))
     try:
+        kq = pykq.Kqueue.from_fd(int(sys.argv[1]), mechanism="KQUEUE_TICKLE")
         kq.tickle()
         kq.kevent()
     except OSError as error:
@@ -175,7 +201,7 @@ def test_a_descriptor_closed_behind_its_back_is_an_os_error(kernel):
     with pytest.raises(OSError, match="kevent: ") as caught:
         kq.kevent(timeout=0)
     assert caught.value.errno == errno.EBADF
-    with pytest.raises(OSError, match="KQUEUE_TICKLE") as caught:
+    with pytest.raises(OSError, match="tickle: ") as caught:
         kq.tickle()
     assert caught.value.errno == errno.EBADF
     kq._forget()

@@ -1,4 +1,4 @@
-"""The rules T1 to T10 (README, "The tickle"), as the kernel keeps them: its bare kevent and ioctl,
+"""The rules T1 to T10 (README, "The rules"), as the kernel keeps them: its bare kevent and ioctl,
 without pykq's part.
 
 Each test runs on every kernel there is, see tests/conftest.py. T9, that the ioctl is cheap, is in
@@ -17,6 +17,12 @@ from pykq import EV, EVFILT, Kevent
 from pykq._abi import io
 
 LONG_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def netbsd(kernel):
+    if kernel.abi.system != "NetBSD":
+        pytest.skip(f"no NetBSD kernel: {kernel.name}")
 
 
 def test_the_kernel_is_what_the_runner_says(tickling):
@@ -227,6 +233,7 @@ def test_t10_a_descriptor_can_be_closed_while_threads_wait(kernel, raw, waiter):
         assert outcome in ("EINTR", []) or outcome.errno == errno.EBADF
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_no_tickle_is_lost(kq, raw, tickle, tickling, watchdog, threads):
     """T1 and T3 together: thousands of tickles, each sent at no particular moment of the threads' way
