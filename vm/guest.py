@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import secrets
 import shlex
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -18,19 +21,23 @@ import paramiko
 from fabric import Config, Connection
 from invoke.exceptions import CommandTimedOut, UnexpectedExit
 
-from .cache import digest
-from .log import Failure, GuestDied, TestsFailed, printable, step
+from .cache import write_whole
+from .log import Failure, GuestDied, logger, printable, timed
 from .qemu import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # What runs the tests in the guest: pure Python, taken as it is installed here.
 _WHEELS = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
+_LEXERS = ("__init__.", "_mapping.", "diff.", "python.")  # of pygments' 200, 7 MB, those that pytest loads
 
-# Where it lies in the guest.
-_HOME = "/root/pykq"
+# For Fabric: what runs there reads nothing from here.
+NO_INPUT = {"run": {"in_stream": False}}
 
 _CONNECT_WITHIN_S = 5
+_SILENT = ("No existing session", "Error reading SSH protocol banner")  # paramiko's words
+_DIES_WITHIN_S = 3.0
+_COPY_WITHIN_S = 60
 _TESTS_WITHIN_S = 900
 
 
@@ -42,8 +49,9 @@ class _Screen(io.StringIO):
     """A stream to the user's terminal that lets no control characters through."""
 
     def write(self, text: str) -> int:
-        sys.stdout.write(printable(text))
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):  # nobody reads on, as with "| head"
+            sys.stdout.write(printable(text))
+            sys.stdout.flush()
         return len(text)
 
 
@@ -60,7 +68,7 @@ def connect(machine: Machine) -> Iterator[Connection]:
         "127.0.0.1",
         user="root",
         port=machine.ssh_port,
-        config=Config(ssh_config=paramiko.SSHConfig()),
+        config=Config(ssh_config=paramiko.SSHConfig(), overrides=NO_INPUT),
         connect_timeout=_CONNECT_WITHIN_S,
         connect_kwargs={
             "key_filename": str(Path(machine.image) / "id_ed25519"),
@@ -75,13 +83,25 @@ def connect(machine: Machine) -> Iterator[Connection]:
     ended = threading.Event()
     watch = threading.Thread(target=_close_on_death, args=(machine, connection, ended), daemon=True)
     try:
-        connection.open()
+        with timed(f"{machine.name}: login"):
+            connection.open()
         watch.start()
         yield connection
-    except (paramiko.SSHException, OSError, EOFError, CommandTimedOut) as error:
+    except CommandTimedOut as error:
         machine.raise_if_dead()
         raise GuestDied(
-            f"the connection to guest {machine.name} failed: {error}",
+            f"in guest {machine.name} a command did not end within {error.timeout} s",
+            hint=f"it hangs, or has lost its network; its console is in {machine.console_log}",
+            tail=machine.last_lines(),
+        ) from error
+    except (paramiko.SSHException, OSError, EOFError) as error:
+        deadline = time.monotonic() + _DIES_WITHIN_S
+        while time.monotonic() < deadline:  # a connection breaks before QEMU ends
+            machine.raise_if_dead()
+            time.sleep(0.05)
+        cause = f"its sshd says nothing for {_CONNECT_WITHIN_S} s" if str(error) in _SILENT else error
+        raise GuestDied(
+            f"the connection to guest {machine.name} failed: {cause}",
             hint=f"its console is in {machine.console_log}",
         ) from error
     except UnexpectedExit as error:
@@ -92,8 +112,14 @@ def connect(machine: Machine) -> Iterator[Connection]:
         ) from error
     finally:
         ended.set()
-        with suppress(Exception):
-            connection.close()
+        closing = threading.Thread(target=_close, args=(connection,), daemon=True)
+        closing.start()
+        closing.join(_CONNECT_WITHIN_S)  # paramiko waits for ever when the network is gone
+
+
+def _close(connection: Connection) -> None:
+    with suppress(Exception):
+        connection.close()
 
 
 def _close_on_death(machine: Machine, connection: Connection, ended: threading.Event) -> None:
@@ -104,60 +130,83 @@ def _close_on_death(machine: Machine, connection: Connection, ended: threading.E
             return
 
 
-def install(connection: Connection, **variables: str) -> str:
-    """Copy pykq, its tests and pytest into the guest; return the command that starts its Python.
+@contextmanager
+def installed(connection: Connection, programs: Path | None = None) -> Iterator[str]:
+    """Copy pykq, its tests and pytest into a new folder, which is removed at the end; yield its path."""
+    folder = f"/tmp/pykq-{secrets.token_hex(8)}"  # noqa: S108 mkdir fails when it is there
+    with timed(f"files to {connection.host}, port {connection.port}"):
+        feed(connection, f"mkdir -m 700 {folder} && tar -xf - -C {folder}", archive(programs))
+    yield folder
+    connection.run(f"rm -rf {folder}", hide=True)
 
-    variables are added to that Python's environment.
 
-    What does not change while a guest lives is copied once.
+def feed(connection: Connection, command: str, content: bytes) -> None:
+    """Run a command with content as its input; Invoke would feed that byte by byte."""
+    stdin, stdout, stderr = connection.client.exec_command(command, timeout=_COPY_WITHIN_S)
+    stdin.write(content)
+    stdin.channel.shutdown_write()
+    if not stdout.channel.status_event.wait(_COPY_WITHIN_S):
+        raise TimeoutError(f"it takes no files within {_COPY_WITHIN_S} s")
+    if stdout.channel.exit_status < 0:
+        raise EOFError("it closed")
+    if stdout.channel.exit_status > 0:
+        problem = stderr.read().decode(errors="replace")
+        raise Failure(f"on {connection.host}, {command!r} failed", hint="is its disk full?", tail=problem)
+
+
+def fetch(connection: Connection, path: str) -> bytes:
+    """Return the content of a file."""
+    buffer = io.BytesIO()
+    connection.get(path, buffer)
+    return buffer.getvalue()
+
+
+def python(folder: str, **variables: str) -> str:
+    """Return the command for a shell that starts the newest Python of pkgsrc where archive() was unpacked.
+
+    variables are added to its environment.
     """
-    found = connection.run("ls -d /usr/pkg/bin/python3.[0-9]*", hide=True, warn=True).stdout.split()
-    pythons = [path for path in found if path.rpartition(".")[2].isdigit()]
-    if not pythons:
-        raise Failure("the guest has no Python 3 in /usr/pkg/bin", hint="--python names the one to install")
-    python = max(pythons, key=lambda path: int(path.rpartition(".")[2]))
-    site = f"{_HOME}/site-{digest([metadata.version(name) for name in _WHEELS])}"
-    if not connection.run(f"test -d {site}", hide=True, warn=True).ok:
-        with step("pytest into the guest"):
-            _send(connection, _tar(_distributions()), f"{site}.part")
-            connection.run(f"mv {site}.part {site}", hide=True)
-    _send(connection, _tar(_ours()), f"{_HOME}/work")
-    variables |= {"PYTHONPATH": f".:{site}", "PYTHONUNBUFFERED": "1"}
+    variables |= {"PYTHONPATH": ".:site", "PYTHONUNBUFFERED": "1"}
     settings = " ".join(f"{name}={value}" for name, value in variables.items())
-    return f"cd {_HOME}/work && env {settings} {python}"
+    found = "ls /usr/pkg/bin/python3.[0-9] /usr/pkg/bin/python3.[0-9][0-9] 2>/dev/null"
+    newest = f"python=$({found} | sort -t. -k2n | tail -n 1)"
+    return f"{newest}; cd {folder} && env {settings} ${{python:?there is none in /usr/pkg/bin}}"
 
 
-def run_tests(machine: Machine, junit: Path, selection: str = "") -> None:
-    """Run tests/rules and tests/guest in a guest, streaming the output; bring the JUnit XML back.
+def run_tests(
+    connection: Connection,
+    report: Path,
+    chosen: Sequence[str],
+    programs: Path | None = None,
+    **variables: str,
+) -> tuple[int, str]:
+    """Run tests/rules and tests/guest over an open connection; return pytest's status and output.
 
-    Raises TestsFailed when a test failed, GuestDied when the guest did.
+    chosen are words for pytest.  programs is the folder of the C programs;
+    tests that need them are skipped without it.  variables are added to the
+    environment.  The report, JUnit XML, is brought back.
     """
-    with connect(machine) as connection:
-        python = install(connection, PYKQ_EXPECT=machine.variant)
-        chosen = f"-k {shlex.quote(selection)}" if selection else ""
-        result = connection.run(
-            f"{python} -m pytest -c /dev/null --rootdir . -p no:cacheprovider --import-mode=importlib -ra -q"
-            f" --junitxml=/tmp/junit.xml {chosen} tests/rules tests/guest",
-            out_stream=_Screen(),
-            err_stream=_Screen(),
-            warn=True,
-            timeout=_TESTS_WITHIN_S,
-        )
-        machine.raise_if_dead()
-        junit.parent.mkdir(parents=True, exist_ok=True)
-        if connection.run("test -f /tmp/junit.xml", hide=True, warn=True).ok:
-            connection.get("/tmp/junit.xml", str(junit))
-    if result.exited:
-        what = f"tests failed in the {machine.variant} guest (pytest status {result.exited})"
-        raise TestsFailed(what, hint=f"see {junit}")
+    with installed(connection, programs) as folder:
+        if programs is not None:
+            variables["PYKQ_PROGRAMS"] = f"{folder}/programs"
+        command = f"{python(folder, **variables)} -m pytest -c /dev/null --rootdir . -p no:cacheprovider"
+        command += " --import-mode=importlib -ra -q --junitxml=junit.xml"
+        command += f" {shlex.join([*chosen, 'tests/rules', 'tests/guest'])}"
+        with timed(f"tests on {connection.host}, port {connection.port}"):
+            done = connection.run(command, hide=True, warn=True, timeout=_TESTS_WITHIN_S)
+        xml = connection.run(f"cat {folder}/junit.xml", hide=True, warn=True)
+    if xml.ok:
+        write_whole(report, xml.stdout)
+    output = done.stdout + done.stderr
+    logger.info("%s", printable(output))
+    return done.exited, output
 
 
 def run_module(machine: Machine, module: str, *arguments: str, show: bool = True) -> str:
     """Run a module of pykq in a guest; return its output, which show puts on the screen, too."""
-    with connect(machine) as connection:
-        python = install(connection)
+    with connect(machine) as connection, installed(connection) as folder:
         result = connection.run(
-            " ".join([python, "-m", module, *arguments]),
+            " ".join([python(folder), "-m", module, *arguments]),
             hide=not show,
             out_stream=_Screen() if show else None,
             err_stream=_Screen() if show else None,
@@ -185,11 +234,13 @@ def ssh_command(machine: Machine, *command: str) -> list[str]:
     return [*line, "root@127.0.0.1", *command]
 
 
-def _send(connection: Connection, archive: bytes, folder: str) -> None:
-    """Unpack a tar archive into a new folder of the guest."""
-    connection.run(f"rm -rf {folder} && mkdir -p {folder}", hide=True)
-    connection.put(io.BytesIO(archive), "/tmp/pykq.tar")
-    connection.run(f"tar -xf /tmp/pykq.tar -C {folder} && rm /tmp/pykq.tar", hide=True)
+def archive(programs: Path | None = None) -> bytes:
+    """Return a tar archive of pykq, its tests, site/ with pytest, and programs/ where there are some."""
+    files = _ours() | {f"site/{name}": path for name, path in _distributions().items()}
+    if programs is not None:
+        programs_there = (path for path in programs.iterdir() if path.is_file() and os.access(path, os.X_OK))
+        files |= {f"programs/{path.name}": path for path in programs_there}
+    return _tar(files)
 
 
 def _tar(files: dict[str, Path]) -> bytes:
@@ -211,8 +262,8 @@ def _ours() -> dict[str, Path]:
     """Return the files of pykq and of the tests that run in the guest."""
     folders = ("pykq", "tests/rules", "tests/guest")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
-    paths += (ROOT / "tests").glob("*.py")
-    return {str(path.relative_to(ROOT)): path for path in paths if "__pycache__" not in path.parts}
+    paths += [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests").glob("__pycache__/*"), ROOT / "README.md"]
+    return {str(path.relative_to(ROOT)): path for path in paths if _goes(path)}
 
 
 def _distributions() -> dict[str, Path]:
@@ -221,6 +272,17 @@ def _distributions() -> dict[str, Path]:
     for name in _WHEELS:
         entries: Any = metadata.files(name) or ()
         for entry in entries:
-            if ".." not in entry.parts and "__pycache__" not in entry.parts:
-                files[str(entry)] = Path(entry.locate())
+            path = Path(entry.locate())
+            if "lexers" in entry.parts and not entry.name.startswith(_LEXERS):
+                continue
+            if ".." not in entry.parts and path.exists() and _goes(path):
+                files[str(entry)] = path
     return files
+
+
+def _goes(path: Path) -> bool:
+    """Tell bytecode that is not this Python's from other files.
+
+    A guest whose Python makes the same bytecode takes this, and others do not look at it.
+    """
+    return "__pycache__" not in path.parts or str(sys.implementation.cache_tag) in path.name

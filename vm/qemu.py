@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
+import platform
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -13,28 +16,40 @@ import socket
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qemu.qmp import QMPClient, QMPError
 
+from . import state
 from .backtrace import with_names
 from .build import VARIANTS, kernel_folder, select
 from .cache import locked, read_json, write_whole
 from .config import Settings
 from .image import Image, build_image
-from .log import Failure, GuestDied, say, step, tail
-from .run import need
+from .log import Failure, GuestDied, say, step, tail, timed
+from .run import end_with_others, need, uninterrupted
 
 QEMU = "qemu-system-x86_64"
-READY = b"pykq: guest ready"  # vm/guest/rc prints it when sshd listens
+
+# What vm/guest/rc prints: when it waits for a line (_get_ready), and when sshd listens.
+ASKS = b"pykq: guest asks for random bytes and the time"
+READY = b"pykq: guest ready"
+
+# What QEMU can use besides software emulation, by the host's system.  Those of macOS and NetBSD have not
+# been tried by us.
+_ACCELERATORS = {"Linux": "kvm", "Darwin": "hvf", "NetBSD": "nvmm"}
 
 # The kernel's first line: proof that the processor really runs it.
 _ALIVE = b"The NetBSD Foundation"
 _ALIVE_WITHIN_S = {"kvm": 4.0, "tcg": 60.0}
 BOOT_WITHIN_S = 120.0
+_RESUME_WITHIN_S = 20.0
+_END_WITHIN_S = 10.0
 
 # Console text after which nothing good comes.
 DEATH = re.compile(
@@ -51,14 +66,17 @@ class Machine:
     variant: str
     netbsd: str
     kernel: str
-    image: str
     boot: str  # "pvh" or "disk"
-    accelerator: str
-    ssh_port: int
-    pid: int
-    sockets: str  # the folder of qmp and console, mode 0700
     folder: str
-    started: float
+    arguments: str = "console=com root=ld0a"  # the kernel's, by PVH
+    image: str = ""
+    disk: str = ""  # a second one, which keeps what is written to it; the guest may then reboot
+    accelerator: str = ""
+    ssh_port: int = 0
+    pid: int = 0
+    sockets: str = ""  # the folder of qmp, console and lock, mode 0700
+    started: float = 0.0
+    ready: bool = False  # it has booted; False is a guest whose start is under way, or was cut short
 
     @property
     def console_log(self) -> Path:
@@ -75,15 +93,21 @@ class Machine:
         """The socket of the serial console."""
         return Path(self.sockets) / "console"
 
+    @property
+    def lock(self) -> Path:
+        """The file that its QEMU keeps locked."""
+        return Path(self.sockets) / "lock"
+
     def alive(self) -> bool:
-        """Tell whether its QEMU runs: whether somebody listens on its control socket."""
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(2.0)
-            try:
-                probe.connect(str(self.qmp))
-            except OSError:
-                return False
-        return True
+        """Tell whether its QEMU runs: it holds a lock, which the kernel drops however it ends."""
+        try:
+            with self.lock.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def death(self) -> str:
         """Return what killed the guest, '' while it seems to live."""
@@ -116,23 +140,24 @@ def folder_of(settings: Settings, name: str) -> Path:
 
 def last(settings: Settings, name: str) -> Machine | None:
     """Return the guest of this name that was started last and not ended, dead or alive."""
-    state = read_json(folder_of(settings, name) / "machine.json")
+    state = read_json(_state(folder_of(settings, name)))
+    known = {item.name for item in fields(Machine)}
     try:
-        return Machine(**state)
-    except TypeError:  # none, or written by another version of pykq
+        return Machine(**{key: value for key, value in state.items() if key in known})
+    except TypeError:  # none, or written by a version of pykq that knew too little
         return None
 
 
 def find(settings: Settings, name: str) -> Machine | None:
     """Return the guest of this name when it runs."""
     machine = last(settings, name)
-    return machine if machine is not None and machine.alive() else None
+    return machine if machine is not None and machine.ready and machine.alive() else None
 
 
 def must_find(settings: Settings, name: str) -> Machine:
     """Return the guest of this name; raise Failure when it does not run."""
     machine = last(settings, name)
-    if machine is None:
+    if machine is None or not machine.ready:
         raise Failure(f"guest {name} is not up", hint="invoke vm.up")
     machine.raise_if_dead()
     return machine
@@ -142,7 +167,7 @@ def status(settings: Settings, name: str, *, as_json: bool = False) -> bool:
     """Print what is known of a guest; return whether it runs."""
     machine = last(settings, name)
     death = machine.death() if machine is not None else ""
-    up = machine is not None and not death
+    up = machine is not None and machine.ready and not death
     if as_json:
         state = asdict(machine) if machine is not None else {}
         print(json.dumps({"name": name, "up": up, "death": death, **state}))
@@ -150,11 +175,13 @@ def status(settings: Settings, name: str, *, as_json: bool = False) -> bool:
         say(f"guest {name} is not up")
     elif death:
         say(f"guest {name} died: {death} (its console is in {machine.console_log})")
+    elif not up:
+        say(f"guest {name} is being started")
     else:
         say(
             f"guest {name} is up: NetBSD {machine.netbsd}, {machine.variant} kernel, {machine.boot} boot, "
             f"{machine.accelerator}, ssh on 127.0.0.1 port {machine.ssh_port}, pid {machine.pid}, "
-            f"for {time.time() - machine.started:.0f} s"
+            f"since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(machine.started))}"
         )
     return up
 
@@ -167,7 +194,7 @@ def command_line(machine: Machine, disk: Path, *, memory_mib: int, cpus: int) ->
     line += ["-name", f"pykq-{machine.name}"]
     line += ["-nodefaults"]
     line += ["-no-user-config"]
-    line += ["-no-reboot"]
+    line += [] if machine.disk else ["-no-reboot"]
     line += ["-display", "none"]
     line += ["-machine", "pc"]
     line += ["-accel", accelerator]
@@ -181,13 +208,17 @@ def command_line(machine: Machine, disk: Path, *, memory_mib: int, cpus: int) ->
     line += ["-qmp", f"unix:{_value(machine.qmp)},server=on,wait=off"]
     line += ["-drive", f"if=none,id=root,format=raw,snapshot=on,file={_value(disk)}"]
     line += ["-device", "virtio-blk-pci,drive=root"]
+    if machine.disk:
+        line += ["-drive", f"if=none,id=second,format=raw,file={_value(Path(machine.disk))}"]
+        line += ["-device", "virtio-blk-pci,drive=second"]
     line += ["-netdev", f"user,id=net,restrict=on,ipv6=off,{forward}"]
     line += ["-device", "virtio-net-pci,netdev=net,romfile="]
     line += ["-device", "virtio-rng-pci"]
-    line += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    if platform.system() == "Linux":  # elsewhere QEMU has none, and does not start
+        line += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     if machine.boot == "pvh":
         line += ["-kernel", machine.kernel]
-        line += ["-append", "console=com root=ld0a"]
+        line += ["-append", machine.arguments]
     return line
 
 
@@ -199,11 +230,13 @@ def up(
     memory_mib: int = 512,
     cpus: int = 2,
     ssh_port: int = 0,
+    saved: bool = True,
     dry_run: bool = False,
 ) -> Machine:
     """Start a guest and return when its sshd answers; a guest that runs is left as it is.
 
-    Raises Failure when it cannot be started, and GuestDied, with the last
+    With saved it starts from a saved state, or, where there is none, boots and
+    leaves one for the next.  Raises Failure when it cannot be started, and GuestDied, with the last
     console lines, when QEMU ends, the kernel panics or drops into ddb, or
     sshd does not listen within two minutes.
     """
@@ -214,100 +247,215 @@ def up(
     kernel = kernel_folder(builder, variant) / "netbsd"
     if not kernel.exists():
         raise Failure(f"there is no {variant} kernel", hint="invoke build-kernel")
+    boot = "pvh" if read_json(kernel.parent / "manifest.json").get("pvh") else "disk"
+    wanted = Machine(
+        name=name,
+        variant=variant,
+        netbsd=builder.source.version,
+        kernel=str(kernel),
+        boot=boot,
+        folder=str(folder),
+        ssh_port=ssh_port,
+    )
+    return start(
+        settings,
+        wanted,
+        lambda: build_image(builder, None if boot == "pvh" else kernel),
+        memory_mib=memory_mib,
+        cpus=cpus,
+        saved=saved and state.can_be_shared(builder.source.top),
+        dry_run=dry_run,
+    )
+
+
+def start(
+    settings: Settings,
+    wanted: Machine,
+    image: Callable[[], Image],
+    *,
+    memory_mib: int = 512,
+    cpus: int = 2,
+    saved: bool = True,
+    dry_run: bool = False,
+) -> Machine:
+    """Start a machine with any kernel and the image that image() makes or finds; see up()."""
     need(QEMU)
-    manifest = read_json(kernel.parent / "manifest.json")
+    folder = Path(wanted.folder)
     with locked(folder):
-        running = find(settings, name)
-        if running is not None and running.death():
+        name = wanted.name
+        running = None if dry_run else last(settings, name)
+        if running is not None and not running.ready:
+            say(f"the start of guest {name} was cut short and is done anew")
+            _end(running)
+        elif running is not None and running.death():
             say(f"guest {name} died ({running.death()}) and is started anew")
             _end(running)
         elif running is not None:
-            if running.variant != variant or running.kernel != str(kernel):
+            if running.variant != wanted.variant or running.kernel != wanted.kernel:
                 raise Failure(
                     f"guest {name} is up with the {running.variant} kernel of NetBSD {running.netbsd}",
                     hint="invoke vm.down first, or another --name",
                 )
             say(f"guest {name} is up already, ssh on port {running.ssh_port}")
             return running
-        if ssh_port and not _is_free(ssh_port):
-            raise Failure(f"port {ssh_port} is in use", hint="without --port a free one is found")
-        boot = "pvh" if manifest.get("pvh") else "disk"
-        image = build_image(builder, None if boot == "pvh" else kernel)
-        for accelerator in _accelerators(settings):
-            machine = Machine(
-                name=name,
-                variant=variant,
-                netbsd=builder.source.version,
-                kernel=str(kernel),
-                image=str(image.folder),
-                boot=boot,
-                accelerator=accelerator,
-                ssh_port=ssh_port or _free_port(),
-                pid=0,
+        if wanted.ssh_port and not _is_free(wanted.ssh_port):
+            raise Failure(f"port {wanted.ssh_port} is in use", hint="without --port a free one is found")
+        disk_and_keys = image()
+        line_of = partial(command_line, disk=disk_and_keys.disk, memory_mib=memory_mib, cpus=cpus)
+        candidates = accelerators(settings)
+        while True:
+            machine = replace(
+                wanted,
+                image=str(disk_and_keys.folder),
+                accelerator=candidates[0],
+                ssh_port=wanted.ssh_port or _free_port(),
                 sockets=tempfile.mkdtemp(prefix="pykq-"),
-                folder=str(folder),
                 started=time.time(),
             )
-            line = command_line(machine, image.disk, memory_mib=memory_mib, cpus=cpus)
+            line = line_of(machine)
             if dry_run:
                 os.rmdir(machine.sockets)
                 print(shlex.join(line))
                 return machine
+            any_guest = line_of(replace(machine, name="", folder="", sockets="", ssh_port=0))
+            path = state.path_of(Path(machine.kernel), disk_and_keys.disk, any_guest, machine.accelerator)
             try:
-                return _boot(machine, line, image)
+                return _boot(machine, line, disk_and_keys, path if saved else None)
+            except state.StateFailed as error:
+                say(f"the saved state is dropped ({error}): a normal boot instead")
+                path.unlink(missing_ok=True)
             except _NoAccelerator as error:
+                accelerator = candidates.pop(0)
                 say(f"{accelerator} is there but does not run NetBSD ({error}): software emulation instead")
                 _remember(settings, accelerator)
-    raise AssertionError("tcg is always tried")
 
 
 class _NoAccelerator(Exception):
     """The accelerator does not run the guest."""
 
 
-def _boot(machine: Machine, line: list[str], image: Image) -> Machine:
-    """Start QEMU, wait until the guest is ready, and write its state down."""
+def _boot(machine: Machine, line: list[str], image: Image, saved: Path | None) -> Machine:
+    """Start QEMU, wait until the guest is ready, and write down where it is.
+
+    The guest starts from the state saved, when that is there; else it boots,
+    and saves its state on the way.  Raises StateFailed when it cannot be
+    started from the state.
+    """
     machine.console_log.unlink(missing_ok=True)
-    how = f"{machine.boot} boot, {machine.accelerator}"
-    with step(f"{machine.variant} guest {machine.name}, NetBSD {machine.netbsd}, {how}"):
-        with (Path(machine.folder) / "qemu.log").open("wb") as errors:
-            process = subprocess.Popen(
-                line, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, start_new_session=True
-            )
-        try:
-            _wait_for_console(machine, process, _ALIVE, _ALIVE_WITHIN_S.get(machine.accelerator, 60.0))
-            _wait_for_console(machine, process, READY, BOOT_WITHIN_S)
-        except BaseException as error:
-            _kill(process)
-            shutil.rmtree(machine.sockets, ignore_errors=True)
-            dumb = machine.accelerator != "tcg" and _ALIVE not in _read(machine.console_log)
-            if dumb and isinstance(error, GuestDied):
-                raise _NoAccelerator(str(error)) from error
-            raise
-        machine = Machine(**{**asdict(machine), "pid": process.pid})
-        write_whole(Path(machine.folder) / "machine.json", json.dumps(asdict(machine), indent=1))
-        write_whole(
-            Path(machine.folder) / "known_hosts", f"[127.0.0.1]:{machine.ssh_port} {image.host_key}\n", 0o600
-        )
+    state_there = saved if saved is not None and saved.exists() else None
+    how = "from its saved state" if state_there else f"{machine.boot} boot"
+    process = None
+    try:
+        title = f"{machine.variant} guest {machine.name}, NetBSD {machine.netbsd}"
+        with step(f"{title}, {how}, {machine.accelerator}"):
+            with uninterrupted():
+                process = _launch(machine, line, state_there)
+                machine = replace(machine, pid=process.pid)
+                _write(machine)
+            end_with_others(process)
+            if state_there:
+                with timed(f"{machine.name}: the state into QEMU"):
+                    state.load(process, machine.qmp, state_there)
+                _get_ready(machine, process, _RESUME_WITHIN_S)
+            else:
+                with timed(f"{machine.name}: QEMU, and the kernel's first line"):
+                    alive_within_s = _ALIVE_WITHIN_S.get(machine.accelerator, 60.0)
+                    _wait_for_console(machine, process, alive_within_s, _ALIVE)
+                with timed(f"{machine.name}: the kernel, and what is in a state"):
+                    seen = _wait_for_console(machine, process, BOOT_WITHIN_S, READY, ASKS)
+                if ASKS in seen:
+                    with state.saving(machine.qmp, saved) if saved else nullcontext():
+                        _get_ready(machine, process, BOOT_WITHIN_S)
+            pinned = f"[127.0.0.1]:{machine.ssh_port} {image.host_key}\n"
+            write_whole(Path(machine.folder) / "known_hosts", pinned, 0o600)
+            machine = replace(machine, ready=True)
+            _write(machine)
+    except BaseException as error:
+        with uninterrupted():
+            if process is not None:
+                process.kill()
+                process.wait()
+            _forget(machine)
+        if state_there and isinstance(error, GuestDied):
+            raise state.StateFailed(str(error)) from error
+        dumb = machine.accelerator != "tcg" and _ALIVE not in _read(machine.console_log)
+        if dumb and isinstance(error, GuestDied):
+            raise _NoAccelerator(str(error)) from error
+        raise
     return machine
 
 
-def _wait_for_console(
-    machine: Machine, process: subprocess.Popen[bytes], wanted: bytes, within_s: float
+def _launch(machine: Machine, line: list[str], saved: Path | None) -> subprocess.Popen[bytes]:
+    """Start QEMU, which inherits the lock that tells that it lives, and the state that it starts from."""
+    with ExitStack() as files:
+        errors = files.enter_context((Path(machine.folder) / "qemu.log").open("wb"))
+        lock = files.enter_context(machine.lock.open("wb"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        inherited = [lock.fileno()]
+        if saved is not None:
+            inherited.append(files.enter_context(saved.open("rb")).fileno())
+            line = [*line, "-incoming", f"fd:{inherited[-1]}"]
+        return subprocess.Popen(
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
+            start_new_session=True,
+            pass_fds=inherited,
+        )
+
+
+def reboot(machine: Machine, order: Callable[[], object]) -> None:
+    """Have a guest reboot, by an order that is given to it, and return when it is ready again."""
+    before = len(_read(machine.console_log))
+    with step(f"guest {machine.name} reboots"):
+        order()
+        if ASKS in _wait_for_console(machine, None, BOOT_WITHIN_S, READY, ASKS, after=before):
+            _get_ready(machine, None, BOOT_WITHIN_S, after=before)
+
+
+def _get_ready(
+    machine: Machine, process: subprocess.Popen[bytes] | None, within_s: float, *, after: int = 0
 ) -> None:
-    """Wait until the console shows wanted; raise GuestDied when it shows a death, QEMU ends or time is up."""
+    """Give a guest the line that it asks for, and wait until it is ready."""
+    with socket.socket(socket.AF_UNIX) as console:
+        console.connect(str(machine.console))
+        to_the_second = time.gmtime(time.time() + 0.5)  # as date(1) takes it
+        now = time.strftime("%Y%m%d%H%M.%S", to_the_second)
+        console.sendall(f"{secrets.token_hex(32)} {now}\n".encode())
+        with timed(f"{machine.name}: random bytes, the time, sshd"):
+            # Hung up, QEMU drops what is not read yet.
+            _wait_for_console(machine, process, within_s, READY, after=after)
+
+
+def _wait_for_console(
+    machine: Machine,
+    process: subprocess.Popen[bytes] | None,
+    within_s: float,
+    wanted: bytes,
+    *other: bytes,
+    after: int = 0,
+) -> bytes:
+    """Return what the console shows once it shows wanted, or something other, after so many bytes.
+
+    process is its QEMU, None for one that another command has started.
+    Raises GuestDied when it shows a death, QEMU ends or time is up.
+    """
     deadline = time.monotonic() + within_s
     while True:
-        ended = process.poll() is not None
-        seen = _read(machine.console_log)
-        if wanted in seen:
-            return
+        ended = process.poll() is not None if process is not None else not machine.alive()
+        seen = _read(machine.console_log)[after:]
+        if any(text in seen for text in (wanted, *other)):
+            return seen
         match = DEATH.search(seen)
         if match is not None:
             cause = _line_at(seen, match.start())
         elif ended:
             errors = tail(Path(machine.folder) / "qemu.log", 3)
-            cause = f"QEMU ended with status {process.returncode} {errors}".rstrip()
+            status = process.returncode if process is not None else "unknown"
+            cause = f"QEMU ended with status {status} {errors}".rstrip()
+            if status == 0:
+                cause = "it rebooted or powered off"
         elif time.monotonic() > deadline:
             cause = f"no {wanted.decode()!r} on its console within {within_s:.0f} s"
         else:
@@ -332,20 +480,34 @@ def down(settings: Settings, name: str = "pykq") -> bool:
         if machine is None:
             return False
         _end(machine)
-        (folder / "machine.json").unlink(missing_ok=True)
     return True
 
 
 def _end(machine: Machine) -> None:
-    """End a guest's QEMU, if it runs, and remove its sockets."""
-    with suppress(GuestDied):
-        if machine.alive():
-            qmp(machine, "quit")
-    deadline = time.monotonic() + 5.0
-    while machine.alive() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    """End a guest's QEMU, if it runs, and forget it."""
     if machine.alive():
         os.kill(machine.pid, signal.SIGKILL)
+    deadline = time.monotonic() + _END_WITHIN_S
+    while machine.alive():
+        if time.monotonic() > deadline:
+            raise Failure(f"QEMU (pid {machine.pid}) does not end", hint="is the disk of the cache stuck?")
+        time.sleep(0.01)
+    _forget(machine)
+
+
+def _state(folder: Path) -> Path:
+    """Return the file that tells other commands of a guest."""
+    return folder / "machine.json"
+
+
+def _write(machine: Machine) -> None:
+    """Tell other commands of a guest."""
+    write_whole(_state(Path(machine.folder)), json.dumps(asdict(machine), indent=1))
+
+
+def _forget(machine: Machine) -> None:
+    """Remove what was left of a guest that has ended, but for its console's text."""
+    _state(Path(machine.folder)).unlink(missing_ok=True)
     shutil.rmtree(machine.sockets, ignore_errors=True)
 
 
@@ -367,7 +529,7 @@ def qmp(machine: Machine, command: str, **arguments: Any) -> Any:
         raise GuestDied(f"QEMU does not answer: {error}", hint="invoke vm.down, then vm.up") from error
 
 
-def _accelerators(settings: Settings) -> list[str]:
+def accelerators(settings: Settings) -> list[str]:
     """Return the accelerators worth a try, the fastest first; tcg is always the last.
 
     /dev/kvm that opens is no proof: hosts were seen whose KVM answers its API
@@ -375,14 +537,13 @@ def _accelerators(settings: Settings) -> list[str]:
     first line must come within seconds; the answer is kept until the host's
     next boot.
     """
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+    fast = _ACCELERATORS.get(platform.system())
+    if fast is None or read_json(settings.cache / "accelerators.json").get(fast) == _host_boot():
         return ["tcg"]
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if not re.search(r"^flags\s*:.*\b(vmx|svm)\b", flags, re.MULTILINE):
+    extension = re.search(rb"^flags\s*:.*\b(vmx|svm)\b", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    if fast == "kvm" and not (extension and os.access("/dev/kvm", os.R_OK | os.W_OK)):
         return ["tcg"]
-    if read_json(settings.cache / "accelerators.json").get("kvm") == _host_boot():
-        return ["tcg"]
-    return ["kvm", "tcg"]
+    return [fast, "tcg"]
 
 
 def _remember(settings: Settings, accelerator: str) -> None:
@@ -391,8 +552,8 @@ def _remember(settings: Settings, accelerator: str) -> None:
 
 
 def _host_boot() -> str:
-    """Return a value that changes with every boot of the host."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """Return a value that changes with every boot of a Linux host."""
+    return _read(Path("/proc/sys/kernel/random/boot_id")).decode().strip()
 
 
 def _is_free(port: int) -> bool:
@@ -412,12 +573,6 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End QEMU and wait for it."""
-    process.kill()
-    process.wait()
 
 
 def _value(path: Path) -> str:

@@ -7,18 +7,17 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import patches
-from .build import COMPILED, VARIANTS, Builder, Counter, build_tools, provenance, select
+from .build import COMPILED, JOBS, VARIANTS, Builder, Counter, build_tools, provenance, select
 from .cache import digest, locked, read_json, write_whole
 from .config import Settings
 from .log import BuildFailed, Failure, say, step
-from .run import need, run
+from .run import need, run, side_by_side
 from .source import KERN_EVENT, overlay
 
 # The hypercalls, and the kernel: kqueue, descriptors, pipes and timers are in
@@ -34,6 +33,7 @@ _HOST_HAS = (
 # NetBSD's code must not believe that it is compiled for Linux.
 _UNDEFINE = "-Ulinux -U__linux -U__linux__ -U__gnu_linux__"
 
+# Clang's, because libFuzzer is (tests/c/fuzz.c).
 # subr_percpu.c passes memcpy a null pointer with length 0, which the kernel's memcpy takes.
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=nonnull-attribute"
 _KMEM = Path(__file__).resolve().parent / "sanitize" / "kmem.h"
@@ -83,25 +83,13 @@ def build_rump(
                 pending[variant] = (key, texts)
         if not pending:
             return manifests
-        need("gcc", "ar", "objcopy")
+        need("clang" if sanitize else "gcc", "ar", "objcopy")
         build_tools(builder)
         with step(f"{' and '.join(pending)} rump kernel, NetBSD {builder.source.version}") as work:
             for variant, (_, texts) in pending.items():
                 overlay(builder.source, builder.tree(variant), texts)
-            counter, stop = Counter(work, COMPILED), threading.Event()
-
-            def on_line(line: str) -> None:
-                if stop.is_set():  # Ctrl-C, or the other variant failed: run() ends its make
-                    raise BuildFailed("stopped")
-                counter(line)
-
-            with ThreadPoolExecutor(len(pending)) as pool:
-                makes = [pool.submit(_make, builder, variant, sanitize, on_line) for variant in pending]
-                try:
-                    for make in makes:
-                        make.result()
-                finally:
-                    stop.set()
+            counter = Counter(work, COMPILED)
+            side_by_side([partial(_make, builder, variant, sanitize, counter) for variant in pending])
             work.note = f"{counter.count} objects"
         for variant, (key, _) in pending.items():
             folder = rump_folder(settings, variant, sanitize=sanitize)
@@ -124,7 +112,7 @@ def sanitizer_environment() -> dict[str, str]:
 
     A Python that was not built with AddressSanitizer leaks by its lights.
     """
-    find = ["gcc", "-print-file-name=libasan.so"]
+    find = ["clang", "-print-file-name=libclang_rt.asan-x86_64.so"]
     return {
         "LD_PRELOAD": subprocess.run(find, stdout=subprocess.PIPE, text=True, check=True).stdout.strip(),
         "ASAN_OPTIONS": "detect_leaks=0",
@@ -159,7 +147,7 @@ def _library(builder: Builder, variant: str, name: str, sanitize: bool) -> Path:
     """Return the shared library that make left."""
     library = _obj(builder, variant, sanitize) / name / f"{name}.so"
     if not library.is_file():
-        raise BuildFailed(f"make left no {library}", hint=f"see {builder.log(f'rump-{variant}')}")
+        raise BuildFailed(f"make left no {library}")
     return library
 
 
@@ -171,7 +159,6 @@ def _make(builder: Builder, variant: str, sanitize: bool, on_line: Callable[[str
             run(
                 [*command, target],
                 cwd=builder.tree(variant) / "lib" / name,
-                log=builder.log(f"rump-{variant}"),
                 on_line=on_line,
             )
 
@@ -182,14 +169,14 @@ def _make_command(builder: Builder, variant: str, name: str, sanitize: bool) -> 
     (obj / name).mkdir(parents=True, exist_ok=True)
     compiler = "gcc -Wa,--noexecstack -Wl,-z,defs"
     if sanitize:
-        compiler = f"gcc {SANITIZERS} -fno-omit-frame-pointer -Wa,--noexecstack"
+        compiler = f"clang {SANITIZERS} -fno-omit-frame-pointer -Wa,--noexecstack"
     debug = "-O2 -g -w"
     if name == "librumpuser":
         debug += f" -DRUMPUSER_CONFIG=1 -I{_configure(tree, obj)} -I{tree}/sys/rump/include"
     command = ["env", "-i", "PATH=/usr/bin:/bin", "LC_ALL=C", f"MAKEOBJDIR={obj}/${{.CURDIR:T}}"]
     command += [str(builder.tools / "bin" / "nbmake")]
     command += ["-m", str(tree / "share/mk")]
-    command += [f"-j{os.cpu_count() or 1}"]
+    command += [JOBS]
     command += ["MACHINE=amd64", "MACHINE_ARCH=x86_64", "MAKECONF=/dev/null"]
     # The host's own compiler and linker, but NetBSD's config(1) and mkdep(1).
     command += ["USETOOLS=no", f"TOOLDIR={builder.tools}", f"TOOL_CONFIG={builder.tools}/bin/nbconfig"]
@@ -203,7 +190,7 @@ def _make_command(builder: Builder, variant: str, name: str, sanitize: bool) -> 
     # A library of the host needs none of NetBSD's start files, nor its libpthread.
     command += ["SHLIB_LDSTARTFILE=", "SHLIB_LDENDFILE=", "LIBDO.pthread=_external"]
     if sanitize:
-        command += [f"CPPFLAGS.kern_event.c=-include {_KMEM}"]
+        command += [f"CPPFLAGS.kern_event.c=-include {_KMEM} -fsanitize=fuzzer-no-link"]
     return command
 
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 from rich.table import Table
 
-from . import guest, qemu
+from . import guest, hosts, qemu
 from .build import VARIANTS, build_kernels
-from .config import Settings
-from .log import Failure, TestsFailed, console, say, step
+from .config import RELEASE_PARTS, Settings
+from .log import Failure, TestsFailed, printable, say, show, step
+from .mirror import Missing, Unreachable
+from .programs import build_for_guest, build_for_rump
+from .release import resolve
 from .rump import build_rump, rump_folder, sanitizer_environment
-from .run import need
+from .run import need, side_by_side, uninterrupted, watch
 
 # A test that waits for ever is a finding: this ends it, with a traceback.
-_RUMP_WITHIN_S = 600
+_TEST_WITHIN_S = 600
+
+# Of a failing run; the log has all of it.
+_SHOWN_LINES = 60
 
 # What came of a group of tests: the seconds it took, or what went wrong.
 Outcome: TypeAlias = float | Failure
@@ -29,57 +36,134 @@ Outcome: TypeAlias = float | Failure
 _NO_TESTS = 5  # pytest's exit status when a selection leaves nothing
 
 
+@dataclass
+class Results:
+    """What came of the tests, and what was left out and why."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, other: Results, of: str) -> None:
+        """Take over results, under names that begin with of."""
+        self.outcomes |= {of + name: outcome for name, outcome in other.outcomes.items()}
+        self.left_out |= {of + name: reason for name, reason in other.left_out.items()}
+
+    def conclude(self) -> None:
+        """Show all of it in a table; raise the first Failure, if there is one."""
+        table = Table("tests", "result", box=None)
+        for name, outcome in self.outcomes.items():
+            failed = isinstance(outcome, Failure)
+            table.add_row(name, f"failed: {outcome}" if failed else f"passed, {outcome:.1f} s")
+        for name, reason in self.left_out.items():
+            table.add_row(name, f"left out: {reason}")
+        show(table)
+        raise_failures(self.outcomes)
+
+
 def run(
-    settings: Settings, *, kernels: bool, insist: bool, selection: str = "", sanitize: bool = False
+    matrix: Sequence[Settings],
+    *,
+    where: str = "",
+    selection: str = "",
+    quick: bool = False,
+    sanitize: bool = False,
 ) -> None:
-    """Run the host tests, then the rules on every kernel there is, and say at the end what ran.
+    """Run the tests, on the kernels of each of the settings, and say at the end what ran.
 
-    With sanitize the rump kernels are those with AddressSanitizer and
-    UndefinedBehaviorSanitizer.
+    where is 'host', 'guest', or '' for all there is: the host tests, then the
+    rules on the rump kernels and in the guests.  With quick the tests marked
+    as stress are left out, and CPython's own; with sanitize the rump kernels are those with
+    AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    With insist, a guest that cannot be had is a Failure; else it is left out
-    with a line that says how to get it.  Raises TestsFailed when any failed.
+    With where='guest', a guest that cannot be had is a Failure; else it is left
+    out with a line that says how to get it.  Raises TestsFailed when any failed.
     """
-    missing = _missing_guest(settings)
-    if kernels and insist and missing:
-        raise Failure("there is no guest to test in", hint=missing)
-    outcomes = {"host": _attempt(_host, selection)}
-    left_out = {}
-    if not kernels:
-        left_out["kernels"] = "--host"
-    elif settings.source is None:
-        left_out["kernels"] = missing
-    else:
-        build_rump(settings, sanitize=sanitize)
-        outcomes |= test_rumps(settings, selection, sanitize=sanitize)
+    chosen = pytest_words(selection, quick)
+    results = Results()
+    kernels = []
+    for settings in matrix if where != "host" else ():
+        missing = _missing_guest(settings)
+        if where == "guest" and missing:
+            raise Failure("there is no guest to test in", hint=missing)
+        kernels.append(_resolve(settings, missing, where == "guest"))
+    if where != "guest":
+        results.outcomes["host"] = _attempt(_host, chosen)
+    if where == "host":
+        results.left_out["kernels"] = "--host"
+    for settings, missing in kernels:
+        of = f"{settings.source}: " if len(kernels) > 1 else ""
+        if settings.source is None:
+            results.left_out[f"{of}kernels"] = missing
+            continue
+        if where != "guest":
+            build_rump(settings, sanitize=sanitize)
+            results.add(Results(test_rumps(settings, chosen, sanitize=sanitize)), of)
         if missing:
-            left_out["guests"] = missing
+            results.left_out[f"{of}guests"] = missing
         else:
-            build_kernels(settings)
-            for variant in VARIANTS:
-                outcomes[f"guest, {variant}"] = _attempt(_guest, settings, variant, selection)
-    table = Table("tests", "result", box=None)
-    for name, outcome in outcomes.items():
-        failed = isinstance(outcome, Failure)
-        table.add_row(name, f"failed: {outcome}" if failed else f"passed, {outcome:.1f} s")
-    for name, reason in left_out.items():
-        table.add_row(name, f"left out: {reason}")
-    console.print(table)
-    raise_failures(outcomes)
+            results.add(_test_guests(settings, chosen), of)
+    results.conclude()
+
+
+def run_on_hosts(
+    names: Sequence[str],
+    settings: Settings,
+    *,
+    ssh_config: Path | None = None,
+    selection: str = "",
+    quick: bool = False,
+) -> None:
+    """Run the guest tests on the user's own NetBSD machines; raises TestsFailed when any failed."""
+    reports, chosen = settings.cache / "hosts", pytest_words(selection, quick)
+    with step(f"tests on {', '.join(names)}") as work:
+        done = hosts.test(names, reports, chosen, ssh_config=ssh_config)
+    results = Results()
+    for name, result in done.items():
+        outcome = _attempt(_judge, name, result, chosen)
+        results.outcomes[name] = outcome if isinstance(outcome, Failure) else work.seconds
+    results.conclude()
+
+
+def pytest_words(selection: str, quick: bool) -> tuple[str, ...]:
+    """Return the words for pytest that choose among the tests."""
+    chosen = ("-k", selection) if selection else ()
+    return (*chosen, "-m", "not stress", "--ignore-glob=*/test_cpython.py") if quick else chosen
 
 
 def test_rumps(
-    settings: Settings, selection: str = "", tests: str = "tests/rules", *, sanitize: bool = False
+    settings: Settings, chosen: Sequence[str] = (), tests: str = "tests/rules", *, sanitize: bool = False
 ) -> dict[str, Outcome]:
     """Run tests on both rump kernels at the same time; return what came of each."""
-    with ThreadPoolExecutor(len(VARIANTS)) as pool:
-        futures = {
-            f"rump kernel, {variant}": pool.submit(
-                _attempt, _rump, settings, variant, selection, tests, sanitize
-            )
-            for variant in VARIANTS
-        }
-        return {name: future.result() for name, future in futures.items()}
+    calls = [partial(_attempt, _rump, settings, variant, chosen, tests, sanitize) for variant in VARIANTS]
+    with step("tests on the rump kernels"):
+        outcomes = side_by_side(calls)
+    return {f"rump kernel, {variant}": outcome for variant, outcome in zip(VARIANTS, outcomes, strict=True)}
+
+
+def test_guest(
+    settings: Settings, variant: str, chosen: Sequence[str] = (), programs: Path | None = None
+) -> Outcome:
+    """Run the guest tests on one kernel; return what came of it."""
+    return _attempt(_guest, settings, variant, chosen, programs)
+
+
+def _test_guests(settings: Settings, chosen: Sequence[str]) -> Results:
+    """Run the rules in a stock and a patched guest at the same time, then the tests of guests themselves."""
+    results = Results()
+    build_kernels(settings)
+    try:
+        programs = build_for_guest(settings)
+    except Failure as failure:
+        programs, results.left_out["C programs in guests"] = None, f"{failure}: {failure.hint}"
+    calls = [partial(test_guest, settings, variant, chosen, programs) for variant in VARIANTS]
+    with step("tests in the guests"):
+        outcomes = side_by_side(calls)
+    for variant, outcome in zip(VARIANTS, outcomes, strict=True):
+        results.outcomes[f"guest, {variant}"] = outcome
+    if not chosen:
+        guests = _attempt(_pytest, "guests from outside", ["tests/vm"], (), settings.environment())
+        results.outcomes["guests from outside"] = guests
+    return results
 
 
 def raise_failures(outcomes: Mapping[str, Outcome]) -> None:
@@ -99,10 +183,26 @@ def _attempt(body: Callable[..., None], *arguments: object) -> Outcome:
     return time.monotonic() - began
 
 
+def _resolve(settings: Settings, missing: str, insist: bool) -> tuple[Settings, str]:
+    """Take what a release brings for the rump kernels, then for the guests; return what these still lack.
+
+    With insist, a mirror that does not answer or has not the files is a Failure.
+    """
+    try:
+        settings = resolve(settings, "source")
+        if not missing:
+            settings = resolve(settings)
+    except (Missing, Unreachable) as failure:
+        if insist:
+            raise
+        missing = f"{failure} ({failure.hint})"
+    return settings, missing
+
+
 def _missing_guest(settings: Settings) -> str:
-    """Return what a guest lacks and how to get it, '' when it has everything."""
-    for name in ("source", "sets", "python"):
-        if getattr(settings, name) is None:
+    """Return what a guest lacks and how to get it, '' when it has everything, or a release brings it."""
+    for name in RELEASE_PARTS:
+        if getattr(settings, name) is None and not settings.release:
             return f"name --{name}, PYKQ_{name.upper()} or {name} in the configuration file"
     try:
         need(qemu.QEMU)
@@ -111,64 +211,57 @@ def _missing_guest(settings: Settings) -> str:
     return ""
 
 
-def _host(selection: str) -> None:
+def _host(chosen: Sequence[str]) -> None:
     """Run tests/host with this Python."""
-    _pytest("host", ["tests/host"], selection, {})
+    with step("tests on the host"):
+        _pytest("host", ["tests/host"], chosen, {})
 
 
-def _rump(settings: Settings, variant: str, selection: str, tests: str, sanitize: bool) -> None:
-    """Run tests on a rump kernel, in a child process: a crash takes that down, and not this one.
-
-    The output is shown at the end, in one piece: both variants are tested at
-    the same time.  Raises TestsFailed.
-    """
+def _rump(settings: Settings, variant: str, chosen: Sequence[str], tests: str, sanitize: bool) -> None:
+    """Run tests on a rump kernel, in a child process: a crash takes that down, and not this one."""
     folder = rump_folder(settings, variant, sanitize=sanitize)
-    environment = {"PYKQ_KERNEL": str(folder), "PYKQ_EXPECT": variant}
+    programs = build_for_rump(settings, variant, sanitize=sanitize)
+    environment = {"PYKQ_KERNEL": str(folder), "PYKQ_EXPECT": variant, "PYKQ_PROGRAMS": str(programs)}
     if sanitize:
         environment |= sanitizer_environment()
-    _pytest(f"{variant} rump kernel", [tests], selection, environment, _RUMP_WITHIN_S)
+    _pytest(f"{variant} rump kernel", [tests], chosen, environment)
 
 
-def _guest(settings: Settings, variant: str, selection: str) -> None:
+def _guest(settings: Settings, variant: str, chosen: Sequence[str], programs: Path | None) -> None:
     """Run the guest tests on one kernel, in a guest of their own that is ended afterwards."""
     name = f"test-{variant}"
     machine = qemu.up(settings, variant=variant, name=name)
+    report = Path(machine.folder) / "junit.xml"
     try:
-        with step(f"tests in the {variant} guest"):
-            guest.run_tests(machine, settings.cache / "run" / name / "junit.xml", selection)
+        with guest.connect(machine) as connection:
+            result = guest.run_tests(connection, report, chosen, programs, PYKQ_EXPECT=variant)
+        machine.raise_if_dead()
     finally:
-        qemu.down(settings, name)
+        with uninterrupted():
+            qemu.down(settings, name)
+    _judge(f"the {variant} guest", result, chosen)
 
 
-def _pytest(
-    where: str,
-    folders: list[str],
-    selection: str,
-    environment: Mapping[str, str],
-    within_s: float | None = None,
-) -> None:
+def _pytest(where: str, folders: list[str], chosen: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run pytest in a process of its own; raise TestsFailed when a test fails or the process dies."""
-    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", *folders]
-    command += ["-k", selection] if selection else []
-    try:
-        done = subprocess.run(
-            command,
-            cwd=guest.ROOT,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=within_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        shown = error.output.decode(errors="replace") if isinstance(error.output, bytes) else ""
-        what = f"tests on the {where} did not end within {within_s:.0f} s"
-        raise TestsFailed(what, tail=shown) from error
-    say(f"tests on the {where}:\n{done.stdout.rstrip()}")
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        raise TestsFailed(f"tests on the {where} died of {name}", hint="the traceback is above")
-    if done.returncode and not (selection and done.returncode == _NO_TESTS):
-        raise TestsFailed(f"tests on the {where} failed (pytest status {done.returncode})")
+    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", *folders, *chosen]
+    command += ["-o", f"faulthandler_timeout={_TEST_WITHIN_S}", "-o", "faulthandler_exit_on_timeout=true"]
+    shown: deque[str] = deque(maxlen=_SHOWN_LINES)
+    status = watch(command, cwd=guest.ROOT, env=environment, on_line=shown.append)
+    _judge(f"the {where}", (status, "\n".join(shown)), chosen)
+
+
+def _judge(where: str, result: tuple[int, str] | Failure, chosen: Sequence[str]) -> None:
+    """Say what pytest's status and output come to; raise TestsFailed, or the Failure it did not run for."""
+    if isinstance(result, Failure):
+        raise result
+    status, output = result
+    lines = printable(output).rstrip().splitlines()[-_SHOWN_LINES:]
+    if status == 0 or (chosen and status == _NO_TESTS):
+        say(f"tests on {where}: {lines[-1]}")
+        for line in lines:
+            if line.startswith("SKIPPED"):
+                say(line)
+        return
+    how = f"died of {signal.Signals(-status).name}" if status < 0 else f"failed (pytest status {status})"
+    raise TestsFailed(f"tests on {where} {how}", tail="\n".join(lines))

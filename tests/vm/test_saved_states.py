@@ -1,0 +1,49 @@
+"""Guests that start from one saved state. `invoke test` runs this where it has guests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from fabric import Connection
+
+from vm import guest, qemu
+
+
+@pytest.fixture(scope="module")
+def guests(machines: list[qemu.Machine]) -> Iterator[list[Connection]]:
+    if any("The NetBSD Foundation" in machine.console_log.read_text() for machine in machines):
+        pytest.skip(f"guests of NetBSD {machines[0].netbsd} boot each for itself")
+    with ExitStack() as stack:
+        yield [stack.enter_context(guest.connect(machine)) for machine in machines]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "dd if=/dev/urandom bs=16 count=1 2>/dev/null | od -x",
+        "dd if=/dev/urandom bs=1024 count=1 2>/dev/null | od -x",
+        "sysctl -nx kern.arandom",
+        "mktemp -u /tmp/XXXXXXXXXXXXXXXX",  # arc4random(3)
+    ],
+)
+def test_they_have_random_bytes_of_their_own(guests: list[Connection], command: str) -> None:
+    said = [connection.run(command, hide=True).stdout for connection in guests]
+    assert said[0].strip() != said[1].strip() != ""
+
+
+def test_they_have_the_time_of_the_host(guests: list[Connection], machines: list[qemu.Machine]) -> None:
+    """To the second, and late by what it took them to start at most: the state may be days old."""
+    for connection, machine in zip(guests, machines, strict=True):
+        ready = qemu._state(Path(machine.folder)).stat().st_mtime
+        before = time.time()
+        said = float(connection.run("date +%s", hide=True).stdout)
+        assert before - 1.5 - (ready - machine.started) < said < time.time() + 1.5
+
+
+def test_what_one_writes_the_other_does_not_see(guests: list[Connection]) -> None:
+    guests[0].run("echo here > /root/file && sync", hide=True)
+    assert guests[1].run("test -e /root/file", hide=True, warn=True).failed
