@@ -1,0 +1,179 @@
+"""A tickle beside its rivals: tests/c/rivals.c and pykq.bench, on every kernel there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from . import guest, qemu
+from .build import VARIANTS, build_kernels
+from .cache import read_json
+from .config import Settings
+from .log import show, step
+from .programs import build_for_guest, build_for_rump
+from .release import Release, resolve
+from .rump import build_rump, rump_folder, run_module
+from .run import uninterrupted
+
+# The guests that are started for a full measurement.
+_GUESTS = (("stock", 2), ("patched", 1), ("patched", 2), ("patched", 4))
+
+_ROUNDS = 5
+
+
+def measure(settings: Settings, *, name: str, full: bool) -> dict[str, Any]:
+    """Measure in the guest when it is up and on the patched rump kernel; return what the page is made of.
+
+    With full, in guests of its own, with both kernels, the patched one on 1, 2
+    and 4 processors, and on both rump kernels.
+    """
+    machine = None if full else qemu.find(settings, name)
+    result: dict[str, Any] = {"machine": this_machine(), "runs": []}
+    if full:
+        settings = resolve(settings)
+        build_kernels(settings)
+        for variant, cpus in _GUESTS:
+            result["runs"].append(_in_own_guest(settings, variant, cpus))
+    elif machine is not None:
+        result["runs"].append(_in_guest(settings, machine))
+    if machine is None or Release(settings).has("source"):
+        settings = resolve(settings, "source")
+    if settings.source is not None:
+        for variant in VARIANTS if full else ["patched"]:
+            result["runs"].append(_on_rump(settings, variant))
+    result["machine"]["load_after"] = os.getloadavg()[0]
+    return result
+
+
+def show_run(run: dict[str, Any]) -> None:
+    """Print what was measured on one kernel."""
+    _show_c(run)
+    if run["python"] is not None:
+        _show_python(run["python"])
+
+
+def this_machine() -> dict[str, Any]:
+    """Say what this host is and how busy, for a page that people read elsewhere."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    version = subprocess.run([qemu.QEMU, "--version"], capture_output=True, text=True, check=False).stdout
+    return {
+        "cpu": model[1] if model else os.uname().machine,
+        "cpus": os.cpu_count(),
+        "qemu": (re.findall(r"version (\S+)", version) or [""])[0],
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def compact(value: Any) -> str:
+    """Return JSON with one line for each list of numbers: it is kept in a repository."""
+    text = json.dumps(value, indent=1)
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n"
+
+
+def spread(values: Sequence[float]) -> float:
+    """Return half of the range that the middle half of the rounds lies in."""
+    if len(values) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return (third - first) / 2
+
+
+def title(run: dict[str, Any]) -> str:
+    """Name the kernel that was measured."""
+    cpus = f"{run['cpus']} CPU{'s' if run['cpus'] > 1 else ''}"
+    return f"NetBSD {run['netbsd']}, {run['variant']}, {run['where']}, {cpus}"
+
+
+def _in_own_guest(settings: Settings, variant: str, cpus: int) -> dict[str, Any]:
+    """Measure in a guest that is started for it and ended afterwards."""
+    name = f"bench-{variant}"
+    machine = qemu.up(settings, variant=variant, name=name, cpus=cpus)
+    try:
+        return _in_guest(settings, machine)
+    finally:
+        with uninterrupted():
+            qemu.down(settings, name)
+
+
+def _in_guest(settings: Settings, machine: qemu.Machine) -> dict[str, Any]:
+    """Measure in a guest that is up."""
+    programs = build_for_guest(resolve(settings, "sets"))
+    with guest.connect(machine) as connection, guest.installed(connection, programs) as folder:
+        cpus = int(connection.run("sysctl -n hw.ncpu", hide=True).stdout)
+        with step(f"rivals in the {machine.variant} guest, {cpus} CPUs"):
+            measured = connection.run(f"{folder}/programs/rivals -r {_ROUNDS}", hide=True).stdout
+    return {
+        "where": f"guest ({machine.accelerator})",
+        "variant": machine.variant,
+        "netbsd": machine.netbsd,
+        "cpus": cpus,
+        "c": json.loads(measured),
+        "python": json.loads(guest.run_module(machine, "pykq.bench", "--json", show=False)),
+    }
+
+
+def _on_rump(settings: Settings, variant: str) -> dict[str, Any]:
+    """Measure on a rump kernel."""
+    build_rump(settings, [variant])
+    rivals = build_for_rump(settings, variant) / "rivals"
+    with step(f"rivals on the {variant} rump kernel"):
+        done = subprocess.run([rivals, "-r", str(_ROUNDS)], stdout=subprocess.PIPE, text=True, check=True)
+    manifest = read_json(rump_folder(settings, variant) / "manifest.json")
+    python = None
+    if variant == "patched":
+        python = json.loads(run_module(settings, "pykq.bench", "--json", show=False))
+    return {
+        "where": "rump kernel",
+        "variant": variant,
+        "netbsd": manifest["netbsd"],
+        "cpus": os.cpu_count(),
+        "c": json.loads(done.stdout),
+        "python": python,
+    }
+
+
+def _show_c(run: dict[str, Any]) -> None:
+    """Print what rivals.c measured: medians of the rounds, with their spread."""
+    costs = Table("send, ns", "awake", "pending", "asleep", "M/s, 1 sender", "8", title=title(run), box=None)
+    times = Table("round trip, us", "p50", "p99", "p99.9", "behind events", box=None)
+    for name, way in run["c"]["ways"].items():
+        cells = [figure(way[key], 1) for key in ("awake_ns", "pending_ns", "asleep_ns")]
+        costs.add_row(name, *cells, *(figure(way[f"per_second_{senders}"], 1e6) for senders in (1, 8)))
+        cells = [figure(way["round_trip_ns"][key], 1e3) for key in ("p50", "p99", "p999")]
+        times.add_row(name, *cells, figure(way["behind_ns"]["p50"], 1e3))
+    for name in ("fioclex_ns", "getppid_ns"):
+        costs.add_row(name.removesuffix("_ns"), figure(run["c"]["floor"][name], 1))
+    show(costs)
+    show(times)
+
+
+def _show_python(measured: dict[str, Any]) -> None:
+    """Print what pykq.bench measured, in microseconds."""
+    table = Table("Python, us", "send", "wake p50", "wake p99", box=None)
+    for way, numbers in measured["results"].items():
+        keys = ("send_s", "wake_p50_s", "wake_p99_s")
+        table.add_row(way, *(f"{1e6 * numbers[key]:.1f}" if key in numbers else "" for key in keys))
+    show(table)
+    table = Table("Python, us: pykq", "other", "ratio", "pykq : other", box=None)
+    for pair, numbers in measured["driver"].items():
+        figures = f"{1e6 * numbers['pykq_s']:.1f}", f"{1e6 * numbers['other_s']:.1f}"
+        table.add_row(*figures, f"{numbers['ratio']:.2f}", pair)
+    show(table)
+
+
+def figure(values: Sequence[float], unit: float) -> str:
+    """Format a median and its spread; precise enough for three figures."""
+    middle = statistics.median(values) / unit
+    digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
+    return f"{middle:.{digits}f} ±{spread(values) / unit:.{digits}f}"
