@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from invoke import Collection, Context, Exit, task
 
+from pykq import demo as demo_
 from vm import bench as bench_
-from vm import build, config, console, guest, log, qemu, rump, suite
+from vm import build, config, console, guest, log, native, qemu, rump, suite, upstream
+from vm import install as install_
+from vm import page as page_
+from vm import patches as patches_
+from vm import regress as regress_
 from vm import run as run_
+from vm import stress as stress_
+from vm.clean import clean as clean_
 from vm.doctor import examine
+from vm.release import resolve, show
 
 BUILD = {
-    "source": "a NetBSD source tree (else PYKQ_SOURCE or the configuration file)",
+    "release": "a NetBSD release, such as 10.1, or current (default: the newest, unless a source is named)",
+    "mirror": "an URL or a folder laid out like cdn.NetBSD.org/pub, to take the release from",
+    "source": "a NetBSD source tree in place of the release's",
     "toolchain": "clang, the host's LLVM (default), or gcc, NetBSD's own",
 }
 TREE = BUILD | {
@@ -30,119 +44,370 @@ GUEST = TREE | {
 NAMED = {"name": "the guest's name (default pykq)"}
 
 
-def command(body: Callable[..., None]) -> Callable[..., None]:
-    """Turn the failures of vm/ into one line and an exit status."""
+_NAMED_ONLY = inspect.Parameter.KEYWORD_ONLY
 
-    @functools.wraps(body)
-    def run(*arguments: Any, **options: Any) -> None:
+
+def command(*, help: dict[str, str], **options: Any) -> Callable[[Callable[..., None]], Any]:
+    """Make a task of which a failure in vm/ is one line and an exit status, with a log file, and with -q."""
+
+    def decorate(body: Callable[..., None]) -> Any:
+        signature = inspect.signature(body)
+        more = {"quiet": "say nothing but errors", "timings": "say where the seconds went"}
+        quiet, timings = (inspect.Parameter(name, _NAMED_ONLY, default=False) for name in more)
+
+        @functools.wraps(body)
+        def run(*arguments: Any, quiet: bool, timings: bool, **options: Any) -> None:
+            log.console.quiet = quiet
+            log.console.stderr = options.get("json", False)
+            name = body.__name__.strip("_").replace("_", "-")
+            _run(functools.partial(body, *arguments, **options), name, timings)
+
+        context, *own = (parameter.replace(kind=_NAMED_ONLY) for parameter in signature.parameters.values())
+        run.__signature__ = signature.replace(parameters=[context, quiet, *own, timings])  # -q is quiet
+        return task(run, help=help | more, **options)
+
+    return decorate
+
+
+def _run(body: Callable[[], None], name: str, timings: bool) -> None:
+    """Run a command; end with its exit status."""
+    for number in run_.INTERRUPTS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    path = None
+    with ExitStack() as stack:
         try:
-            body(*arguments, **options)
+            path = config.load().cache / "log" / f"{name}.log"
+            stack.enter_context(log.kept(path))
+            if timings:
+                stack.enter_context(log.timings(config.load().cache / "timings" / f"{name}.json"))
+            body()
         except log.Failure as failure:
-            log.report(failure)
+            log.report(failure, path if failure.status > 1 else None)
             raise Exit(code=failure.status) from None
         except KeyboardInterrupt:
+            for number in run_.INTERRUPTS:
+                signal.signal(number, signal.SIG_IGN)
             log.report(log.Failure("interrupted", hint="the same command goes on where it stopped"))
             raise Exit(code=130) from None
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             hint = run_.FULL_DISK if error.errno == errno.ENOSPC else ""
-            log.report(log.Failure(f"{where}{error.strerror or error}", hint=hint))
+            log.report(log.Failure(f"{where}{error.strerror or error}", hint=hint), path)
             raise Exit(code=1) from None
-
-    return run
-
-
-@task(help=TREE | {"dry_run": "print the commands, run none"})
-@command
-def build_kernel(
-    c: Context, source: str = "", toolchain: str = "", config: str = "", dry_run: bool = False
-) -> None:
-    """Build a stock and a patched NetBSD kernel from a source tree."""
-    settings = _settings(source=source, toolchain=toolchain, kernel_config=config)
-    if dry_run:
-        build.show(settings)
-    else:
-        build.build_kernels(settings)
+        except Exit:
+            raise
+        except Exception:
+            log.logger.exception("not foreseen")
+            raise
 
 
-@task(help=BUILD | {"sanitize": "with AddressSanitizer and UndefinedBehaviorSanitizer"})
-@command
-def build_rump(c: Context, source: str = "", toolchain: str = "", sanitize: bool = False) -> None:
-    """Build the same kernel code, stock and patched, as libraries for this host."""
-    rump.build_rump(_settings(source=source, toolchain=toolchain), sanitize=sanitize)
-
-
-@task(
+@command(
     help=GUEST
     | {
-        "guest": "a missing guest is an error",
-        "host": "host tests only, no kernels",
-        "sanitize": "take the rump kernels with AddressSanitizer and UndefinedBehaviorSanitizer",
-        "select": "run the tests whose names match, as pytest -k",
+        "in_guest": "build the patched one in a guest, with NetBSD's own compiler, install and boot it there",
+        "cpus": "with --in-guest, number of virtual processors (default 2)",
+        "dry_run": "print the commands, run none",
     }
 )
-@command
-def test(
+def build_kernel(
     c: Context,
+    release: str = "",
+    mirror: str = "",
     source: str = "",
     sets: str = "",
     python: str = "",
     toolchain: str = "",
     config: str = "",
+    in_guest: bool = False,
+    cpus: int = 2,
+    dry_run: bool = False,
+) -> None:
+    """Build a stock and a patched NetBSD kernel, from a release or a source tree."""
+    settings = _settings(
+        release=release,
+        mirror=mirror,
+        source=source,
+        sets=sets,
+        python=python,
+        toolchain=toolchain,
+        kernel_config=config,
+    )
+    if in_guest:
+        if dry_run:
+            raise log.Failure("--in-guest has no --dry-run", hint="vm/native.py has the few commands")
+        native.build_in_guest(resolve(settings), cpus=cpus)
+    elif not dry_run:
+        build.build_kernels(resolve(settings, "source"))
+    elif not show(settings):
+        build.show(resolve(settings, "source"))
+
+
+@command(
+    help=TREE
+    | {
+        "host": "a name of your ssh_config, or user@host:port",
+        "ssh_config": "in place of your own ssh_config",
+        "yes": "do it; else only what would be done is said",
+    },
+    auto_shortflags=False,
+)
+def install(
+    c: Context,
+    host: str = "",
+    release: str = "",
+    mirror: str = "",
+    source: str = "",
+    toolchain: str = "",
+    config: str = "",
+    ssh_config: str = "",
+    yes: bool = False,
+) -> None:
+    """Put the patched kernel on a NetBSD machine over ssh; the old one stays as /onetbsd."""
+    if not host:
+        raise log.Failure("no machine to install on", hint="--host names one of your ssh_config")
+    settings = _settings(
+        release=release, mirror=mirror, source=source, toolchain=toolchain, kernel_config=config
+    )
+    path = Path(ssh_config).expanduser() if ssh_config else None
+    install_.install(resolve(settings, "source"), host, ssh_config=path, yes=yes)
+
+
+@command(help=BUILD | {"sanitize": "with AddressSanitizer and UndefinedBehaviorSanitizer"})
+def build_rump(
+    c: Context,
+    release: str = "",
+    mirror: str = "",
+    source: str = "",
+    toolchain: str = "",
+    sanitize: bool = False,
+) -> None:
+    """Build the same kernel code, stock and patched, as libraries for this host."""
+    settings = _settings(release=release, mirror=mirror, source=source, toolchain=toolchain)
+    rump.build_rump(resolve(settings, "source"), sanitize=sanitize)
+
+
+@command(
+    help=GUEST
+    | {
+        "guest": "the tests in guests only; a missing guest is an error",
+        "host": "host tests only, no kernels",
+        "hosts": "run the guest tests on these NetBSD machines instead: names or user@host:port, with commas",
+        "ssh_config": "an ssh_config(5) for --hosts (default ~/.ssh/config)",
+        "quick": "leave out the tests that race thousands of times, and CPython's own",
+        "sanitize": "take the rump kernels with AddressSanitizer and UndefinedBehaviorSanitizer",
+        "select": "run the tests whose names match, as pytest -k",
+        "release": GUEST["release"] + "; more than one makes a matrix",
+        "source": GUEST["source"] + "; more than one makes a matrix",
+    },
+    iterable=["release", "source"],
+)
+def test(
+    c: Context,
+    release: list[str],
+    source: list[str],
+    mirror: str = "",
+    sets: str = "",
+    python: str = "",
+    toolchain: str = "",
+    config: str = "",
     guest: bool = False,
+    ssh_config: str = "",
     host: bool = False,
+    hosts: str = "",
+    quick: bool = False,
     sanitize: bool = False,
     select: str = "",
 ) -> None:
     """Run the tests on the host, on the rump kernels and in the guests."""
-    settings = _settings(
-        source=source, sets=sets, python=python, toolchain=toolchain, kernel_config=config
-    )
-    suite.run(settings, kernels=not host, insist=guest, selection=select, sanitize=sanitize)
+    matrix = [
+        _settings(
+            release=one,
+            mirror=mirror,
+            source=tree,
+            sets=sets,
+            python=python,
+            toolchain=toolchain,
+            kernel_config=config,
+        )
+        for one in release or [""]
+        for tree in source or [""]
+    ]
+    if hosts:
+        names, file = hosts.split(","), Path(ssh_config).expanduser() if ssh_config else None
+        suite.run_on_hosts(names, matrix[0], ssh_config=file, selection=select, quick=quick)
+        return
+    where = "host" if host else "guest" if guest else ""
+    suite.run(matrix, where=where, selection=select, quick=quick, sanitize=sanitize)
 
 
-@task(help={"install": "install what is missing (apt-get, sudo when not root)", "json": "print it as JSON"})
-@command
+@command(help={"install": "install what is missing, with sudo when not root", "json": "print it as JSON"})
 def doctor(c: Context, install: bool = False, json: bool = False) -> None:
     """Say what is here, what is missing, and the one command that installs it."""
     if not examine(_settings(), install=install, as_json=json) and not install:
         raise Exit(code=1)
 
 
-@task(help=BUILD | NAMED)
-@command
-def demo(c: Context, source: str = "", toolchain: str = "", name: str = "pykq") -> None:
+@command(
+    help=BUILD
+    | {
+        "format": "upstream: write the patch as NetBSD would commit it, and a letter to tech-kern, as mails",
+        "output": "the folder to write them to (default kqueue-tickle)",
+    }
+)
+def patches(
+    c: Context,
+    release: str = "",
+    mirror: str = "",
+    source: str = "",
+    toolchain: str = "",
+    format: str = "",
+    output: str = "kqueue-tickle",
+) -> None:
+    """Say which port of the patch fits a source, and why the others do not."""
+    if format:
+        if format != "upstream":
+            raise log.Failure(f"there is no format {format!r}", hint="upstream")
+        upstream.write(Path(output))
+        return
+    settings = _settings(release=release, mirror=mirror, source=source, toolchain=toolchain)
+    patches_.show(build.select(resolve(settings, "source")).source)
+
+
+@command(help=GUEST | {"all": "everything in the cache", "dry_run": "say what would go, remove nothing"})
+def clean(
+    c: Context,
+    release: str = "",
+    mirror: str = "",
+    source: str = "",
+    sets: str = "",
+    python: str = "",
+    toolchain: str = "",
+    config: str = "",
+    all: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Remove from the cache what the settings do not use, and say what that frees."""
+    settings = _settings(
+        release=release,
+        mirror=mirror,
+        source=source,
+        sets=sets,
+        python=python,
+        toolchain=toolchain,
+        kernel_config=config,
+    )
+    clean_(settings, everything=all, dry_run=dry_run)
+
+
+@command(help=BUILD | NAMED | {"here": "on this host's own kqueue, with the mechanism that it has"})
+def demo(
+    c: Context,
+    release: str = "",
+    mirror: str = "",
+    source: str = "",
+    toolchain: str = "",
+    name: str = "pykq",
+    here: bool = False,
+) -> None:
     """Interrupt a real kevent while you watch: in the guest when it is up, else on a rump kernel."""
-    settings = _settings(source=source, toolchain=toolchain)
+    if here:
+        raise Exit(code=demo_.main(["--kernel", "system"]))
+    settings = _settings(release=release, mirror=mirror, source=source, toolchain=toolchain)
     machine = qemu.find(settings, name)
     if machine is not None:
         guest.run_module(machine, "pykq.demo")
     else:
-        rump.run_module(settings, "pykq.demo")
+        rump.run_module(resolve(settings, "source"), "pykq.demo")
 
 
-@task(
+@command(
     help=BUILD
     | NAMED
     | {
         "loop": "also time an edit of kern_event.c to the verdict of the rules on both rump kernels",
+        "host": "instead, time boots, an edit to the first test in a guest, and a build of nothing",
+        "full": "both kernels, in guests of their own with 1, 2 and 4 CPUs, and as rump kernels",
         "json": "print it as JSON",
     }
 )
-@command
 def bench(
     c: Context,
+    release: str = "",
+    mirror: str = "",
     source: str = "",
     toolchain: str = "",
     name: str = "pykq",
     loop: bool = False,
+    host: bool = False,
+    full: bool = False,
     json: bool = False,
 ) -> None:
     """Measure a tickle beside its rivals, in the guest when it is up and on the rump kernel."""
-    bench_.run(_settings(source=source, toolchain=toolchain), name=name, loop=loop, as_json=json)
+    settings = _settings(release=release, mirror=mirror, source=source, toolchain=toolchain)
+    if host:
+        bench_.run_host(resolve(settings), as_json=json)
+    else:
+        bench_.run(settings, name=name, loop=loop, full=full, as_json=json)
 
 
-@task(
+@command(
+    help={name: text for name, text in GUEST.items() if name != "config"}
+    | {
+        "rounds": "tickles to be sent and answered in the guests, and on the rump kernel (default 6 million)",
+        "minutes": "how long each fuzzer runs (default 5)",
+    }
+)
+def stress(
+    c: Context,
+    release: str = "",
+    mirror: str = "",
+    source: str = "",
+    sets: str = "",
+    python: str = "",
+    toolchain: str = "",
+    rounds: int = 6_000_000,
+    minutes: float = 5.0,
+) -> None:
+    """Race and fuzz on every kernel, one with LOCKDEBUG too; test the rules with 1, 2 and 4 CPUs."""
+    settings = _settings(
+        release=release, mirror=mirror, source=source, sets=sets, python=python, toolchain=toolchain
+    )
+    stress_.run(settings, rounds=rounds, minutes=minutes)
+
+
+@command(help=GUEST | {"libkqueue": "a folder with libkqueue's source, for its tests"})
+def regress(
+    c: Context,
+    release: str = "",
+    mirror: str = "",
+    source: str = "",
+    sets: str = "",
+    python: str = "",
+    toolchain: str = "",
+    config: str = "",
+    libkqueue: str = "",
+) -> None:
+    """Run NetBSD's, CPython's and libkqueue's tests of kqueue on both kernels, and compare."""
+    settings = _settings(
+        release=release,
+        mirror=mirror,
+        source=source,
+        sets=sets,
+        python=python,
+        toolchain=toolchain,
+        kernel_config=config,
+    )
+    regress_.run(settings, Path(libkqueue).absolute() if libkqueue else None)
+
+
+@command(help={})
+def page(c: Context) -> None:
+    """Write tests/RESULTS.md and its plots from what bench --full, stress and regress measured last."""
+    page_.write(_settings())
+
+
+@command(
     help=GUEST
     | NAMED
     | {
@@ -153,11 +418,12 @@ def bench(
         "dry_run": "print the QEMU command, do not start it",
     }
 )
-@command
 def up(
     c: Context,
     kernel: str = "patched",
     name: str = "pykq",
+    release: str = "",
+    mirror: str = "",
     source: str = "",
     sets: str = "",
     python: str = "",
@@ -170,15 +436,26 @@ def up(
 ) -> None:
     """Start the guest and return when its ssh answers."""
     settings = _settings(
-        source=source, sets=sets, python=python, toolchain=toolchain, kernel_config=config
+        release=release,
+        mirror=mirror,
+        source=source,
+        sets=sets,
+        python=python,
+        toolchain=toolchain,
+        kernel_config=config,
     )
     qemu.up(
-        settings, variant=kernel, name=name, cpus=cpus, memory_mib=memory, ssh_port=port, dry_run=dry_run
+        resolve(settings),
+        variant=kernel,
+        name=name,
+        cpus=cpus,
+        memory_mib=memory,
+        ssh_port=port,
+        dry_run=dry_run,
     )
 
 
-@task(help=NAMED | {"command": "run this instead of a login shell"})
-@command
+@command(help=NAMED | {"command": "run this instead of a login shell"})
 def ssh(c: Context, command: str = "", name: str = "pykq") -> None:
     """Log in to the guest as root."""
     machine = qemu.must_find(_settings(), name)
@@ -187,23 +464,20 @@ def ssh(c: Context, command: str = "", name: str = "pykq") -> None:
     os.execvp(line[0], line)
 
 
-@task(name="console", help=NAMED)
-@command
+@command(name="console", help=NAMED)
 def console_(c: Context, name: str = "pykq") -> None:
     """Talk to the guest's serial console; Ctrl-] leaves it."""
     console.attach(qemu.must_find(_settings(), name))
 
 
-@task(help=NAMED | {"json": "print it as JSON"})
-@command
+@command(help=NAMED | {"json": "print it as JSON"})
 def status(c: Context, name: str = "pykq", json: bool = False) -> None:
     """Say whether the guest runs, on which kernel, and where its ssh is."""
     if not qemu.status(_settings(), name, as_json=json):
         raise Exit(code=1)
 
 
-@task(help=NAMED)
-@command
+@command(help=NAMED)
 def down(c: Context, name: str = "pykq") -> None:
     """End the guest; its disk goes back to the image."""
     ended = qemu.down(_settings(), name)
@@ -215,5 +489,7 @@ def _settings(**chosen: str) -> config.Settings:
     return config.load(**chosen)
 
 
-namespace = Collection(build_kernel, build_rump, test, demo, bench, doctor)
+namespace = Collection(
+    build_kernel, build_rump, install, test, demo, bench, stress, regress, page, patches, clean, doctor
+)
 namespace.add_collection(Collection("vm", up, ssh, console_, status, down))
