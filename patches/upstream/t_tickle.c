@@ -30,7 +30,6 @@
 __RCSID("@NetBSD@");
 
 #include <sys/types.h>
-#include <sys/param.h>
 #include <sys/event.h>
 #include <sys/ioctl.h>
 #include <sys/sysctl.h>
@@ -43,11 +42,13 @@ __RCSID("@NetBSD@");
 #include <sched.h>
 #include <stdbool.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atf-c.h>
 
 #define	NTHREADS	4
+#define	PATIENCE	60	/* seconds, for what a busy host delays */
 
 static const struct timespec now;
 static const struct timespec brief = { 0, 200000000 };	/* is to pass */
@@ -98,28 +99,39 @@ start(struct call *c, int kq, const struct timespec *timeout)
 	ATF_REQUIRE_EQ(0, pthread_create(&c->thread, NULL, call_kevent, c));
 }
 
-/* Return when the thread sleeps in kevent(2). */
-static void
+static time_t
+uptime(void)
+{
+	struct timespec ts;
+
+	ATF_REQUIRE(clock_gettime(CLOCK_MONOTONIC, &ts) == 0);
+	return ts.tv_sec;
+}
+
+/* Wait until the thread sleeps in kevent(2), or has returned from it. */
+static bool
 wait_asleep(struct call *c)
 {
 	struct kinfo_lwp kl[2 * NTHREADS];
 	const int mib[] = { CTL_KERN, KERN_LWP, getpid(), sizeof(kl[0]),
 	    __arraycount(kl) };
+	const time_t deadline = uptime() + PATIENCE;
 	size_t len, i;
 
-	for (;;) {
-		ATF_REQUIRE_MSG(!c->over, "kevent returned %d, errno %d",
-		    c->rv, c->error);
+	while (!c->over) {
+		ATF_REQUIRE_MSG(uptime() < deadline,
+		    "a thread neither sleeps in kevent nor returns");
 		len = sizeof(kl);
 		ATF_REQUIRE_EQ(0, sysctl(mib, __arraycount(mib), kl, &len,
 		    NULL, 0));
 		for (i = 0; i < len / sizeof(kl[0]); i++) {
 			if (kl[i].l_lid == c->lid &&
 			    strcmp(kl[i].l_wmesg, "kqueue") == 0)
-				return;
+				return true;
 		}
 		sched_yield();
 	}
+	return false;
 }
 
 static void
@@ -163,7 +175,8 @@ ATF_TC_BODY(asleep, tc)
 	struct call c;
 
 	start(&c, kq, &ample);
-	wait_asleep(&c);
+	ATF_REQUIRE_MSG(wait_asleep(&c), "kevent returned %d, errno %d", c.rv,
+	    c.error);
 	tickle(kq);
 	ATF_REQUIRE_EQ(0, pthread_join(c.thread, NULL));
 	ATF_CHECK_EQ(-1, c.rv);
@@ -277,22 +290,26 @@ ATF_TC_HEAD(threads, tc)
 
 ATF_TC_BODY(threads, tc)
 {
-	int kq = new_kqueue(), back, i, over;
+	int kq = new_kqueue(), asleep, i, over;
 	struct call c[NTHREADS];
+	time_t deadline;
 
 	for (i = 0; i < NTHREADS; i++)
 		start(&c[i], kq, &ample);
-	for (back = 0; back < NTHREADS; back = over) {
-		for (i = 0; i < NTHREADS; i++) {
-			if (!c[i].over)
-				wait_asleep(&c[i]);
-		}
+	for (;;) {
+		for (i = asleep = 0; i < NTHREADS; i++)
+			asleep += wait_asleep(&c[i]);
+		if (asleep == 0)
+			break;
 		tickle(kq);
+		deadline = uptime() + PATIENCE;
 		do {
+			ATF_REQUIRE_MSG(uptime() < deadline,
+			    "no thread returned");
 			sched_yield();
 			for (i = over = 0; i < NTHREADS; i++)
 				over += c[i].over;
-		} while (over == back);
+		} while (over + asleep == NTHREADS);
 	}
 	for (i = 0; i < NTHREADS; i++) {
 		ATF_REQUIRE_EQ(0, pthread_join(c[i].thread, NULL));

@@ -25,14 +25,14 @@ def test_port_fits_its_own_context(port: patches.Port, old_texts: dict[str, str]
         assert fit.stock[name] == (tree / name).read_bytes()
     assert b"case" not in fit.patched["sys/sys/eventvar.h"]
     assert b"#define KQUEUE_TICKLE\t\t_IO('k', 2)" in fit.patched["sys/sys/event.h"]
-    assert b"bool\t\tkq_tickled;" in fit.patched["sys/sys/eventvar.h"]
+    assert b"volatile u_int\tkq_wait;" in fit.patched["sys/sys/eventvar.h"]
 
 
 def test_port_is_small_and_tidy(port: patches.Port) -> None:
-    """Some forty lines, without trailing space, none over 80 columns."""
+    """Some fifty lines, without trailing space, none over 80 columns."""
     lines = [line for line in port.path.read_text().splitlines() if line[:4] not in ("--- ", "+++ ")]
     added = [line[1:] for line in lines if line.startswith("+")]
-    assert 0 < len(added) < 50
+    assert 0 < len(added) < 60
     for line in added:
         assert line == line.rstrip()
         assert len(line.expandtabs(8)) <= 80
