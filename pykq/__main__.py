@@ -1,4 +1,7 @@
-"""``python -m pykq``: what the kernel offers to pykq, as text or JSON. Exit status 1: there is no kqueue."""
+"""``python -m pykq``: what the kernel offers to pykq, as text or JSON.
+
+Exit status 1: there is no kqueue, or it has not the mechanism that ``PYKQ_MECHANISM`` wants.
+"""
 
 import argparse
 import ctypes
@@ -7,12 +10,12 @@ import json
 import sys
 from typing import Any
 
-from pykq import EVFILT, KQUEUE_TICKLE, Kernel, KernelUnavailable, load_kernel
+from pykq import EVFILT, KQUEUE_TICKLE, KernelUnavailable, Kqueue
 
 
-def describe(kernel: Kernel) -> dict[str, Any]:
-    """What the kernel says of itself; asks it on a kqueue of its own."""
-    abi = kernel.abi
+def describe(kq: Kqueue) -> dict[str, Any]:
+    """What its kernel says of itself."""
+    kernel, abi = kq.kernel, kq.kernel.abi
     return {
         "kernel": kernel.name,
         "kevent": {
@@ -20,21 +23,23 @@ def describe(kernel: Kernel) -> dict[str, Any]:
             "since": abi.since,
             "entry": abi.entry,
             "bytes": ctypes.sizeof(abi.kevent),
+            "source": abi.source,
         },
         "tickle": kernel.has_tickle,
-        "mechanism": kernel.mechanism,
-        "filters": filters(kernel),
+        "mechanism": kq.mechanism,
+        "filters": filters(kq),
     }
 
 
-def filters(kernel: Kernel) -> dict[str, int]:
+def filters(kq: Kqueue) -> dict[str, int]:
     """The kernel's filters, name to the kernel's number."""
-    if kernel.abi.filters:
-        return {f"EVFILT_{EVFILT(number).name}": systems for number, systems in kernel.abi.filters.items()}
+    others = kq.kernel.abi.filters
+    if others:
+        return {f"EVFILT_{EVFILT(number).name}": systems for number, systems in others.items()}
     found = {}
     for number in itertools.count():
         try:
-            found[kernel.kfilter_byfilter(number)] = number
+            found[kq.kfilter_byfilter(number)] = number
         except FileNotFoundError:
             break
     return found
@@ -46,12 +51,14 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(args)
     try:
-        facts = describe(load_kernel(options.kernel))
-    except KernelUnavailable as error:
+        with Kqueue(options.kernel) as kq:
+            facts = describe(kq)
+    except (KernelUnavailable, OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
         if options.json:
-            print(json.dumps({"kernel": None, "error": str(error)}))
+            print(json.dumps({"kernel": None, "error": why}))
         else:
-            print(f"pykq: {error}", file=sys.stderr)
+            print(f"pykq: {why}", file=sys.stderr)
         return 1
     if options.json:
         print(json.dumps(facts))
@@ -61,6 +68,7 @@ def main(args: list[str] | None = None) -> int:
     print(f"kernel         {facts['kernel']}")
     since = f"{abi['system']} {abi['since']}"
     print(f"kevent         {abi['entry']} of {since} and later, struct kevent of {abi['bytes']} bytes")
+    print(f"source         {abi['source']}")
     print(f"KQUEUE_TICKLE  {has_tickle} ({KQUEUE_TICKLE:#x})")
     print(f"mechanism      {facts['mechanism']}")
     print(f"filters        {' '.join(facts['filters'])}")

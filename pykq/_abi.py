@@ -36,7 +36,18 @@ class KeventFields:
 
 
 def _flags(kind: type[IntFlag] | None, value: int) -> str:
-    return f"{kind.__name__}.{kind(value).name}" if kind and value > 0 else f"{value:#x}"
+    """The names of the bits that have one, and the rest in hexadecimal."""
+    names, rest = [], int(value)
+    # Those of several bits first: COPY is not AND and OR.
+    for name, flag in sorted(
+        (kind.__members__ if kind else {}).items(), key=lambda item: -item[1].bit_count()
+    ):
+        if rest & int(flag) == flag:
+            names.append(name)
+            rest &= ~int(flag)
+    if kind is None or not names:
+        return f"{rest:#x}"
+    return f"{kind.__name__}.{'|'.join(names)}" + (f"|{rest:#x}" if rest else "")
 
 
 # The six fields, for each layout. The two pointers are given as numbers.
@@ -159,7 +170,8 @@ class Abi:
             before (32-bit time_t), and never used.
         kevent: the layout.
         source: where the numbers come from.
-        timer: a timer's notes as the system numbers them: milliseconds, SECONDS, USECONDS, NSECONDS, ABSTIME.
+        timer: a timer's notes as the system numbers them: milliseconds, SECONDS, USECONDS, NSECONDS, ABSTIME;
+            or milliseconds alone, when it has no others.
     """
 
     system: str
@@ -167,7 +179,7 @@ class Abi:
     entry: str
     kevent: Any
     source: str
-    timer: tuple[int, int, int, int, int] = (0, 1, 2, 3, 0x10)
+    timer: tuple[int, ...] = (0, 1, 2, 3, 0x10)
 
     @cached_property
     def filters(self) -> Mapping[int, int]:
@@ -182,13 +194,25 @@ class Abi:
         return struct.Struct(f"{codes}{rest}x")
 
     def pack(self, ident: int, filter: int, flags: int, fflags: int, data: int, udata: int) -> bytes:
-        """A change as the system reads it; struct.error when a number does not fit."""
+        """A change as the system reads it.
+
+        Raises struct.error: a number does not fit. ValueError: the system's timers have not that note.
+        """
         if self.filters:
             if filter == EVFILT.TIMER:
-                absolute = self.timer[4] if fflags & NoteTimer.ABSTIME else 0
-                fflags = self.timer[fflags & 3] | absolute | fflags & ~0x13
+                fflags = self._timer_notes(fflags)
             filter = self.filters.get(filter, filter)
         return self.codec.pack(ident, filter, flags, fflags, data, udata)
+
+    def _timer_notes(self, fflags: int) -> int:
+        unit = fflags & NoteTimer.NSECONDS  # a number of two bits: 0 to 3
+        rest = fflags & ~0x13
+        try:
+            absolute = self.timer[4] if fflags & NoteTimer.ABSTIME else 0
+            return self.timer[unit] | absolute | rest
+        except IndexError:
+            known = f"{self.system}'s timers count milliseconds from now"
+            raise ValueError(f"{known}: no {_flags(NoteTimer, fflags)}") from None
 
 
 # The first row of the running system whose entry point is in its C library is used, and on FreeBSD, whose
@@ -199,7 +223,7 @@ ABIS = (
     Abi("FreeBSD", "12", "kevent", KeventFreeBSD12, "sys/event.h (14.0)", _FREEBSD_TIMER),
     Abi("FreeBSD", "4", "kevent", KeventFreeBSD11, "sys/event.h (14.0, kevent_freebsd11)", _FREEBSD_TIMER),
     Abi("OpenBSD", "5.5", "kevent", KeventOpenBSD, "sys/event.h (7.8)"),
-    Abi("DragonFly", "1", "kevent", KeventDragonFly, "sys/event.h, kevent(2) (6.4)"),
+    Abi("DragonFly", "1", "kevent", KeventDragonFly, "sys/event.h, kqueue(2) (6.4)", (0,)),
     Abi("Darwin", "7", "kevent", KeventMacOS, "sys/event.h (macOS 15 SDK)", _MACOS_TIMER),
     Abi("libkqueue", "2", "kevent", KeventLibkqueue, "sys/event.h (2.6)", _MACOS_TIMER),
 )

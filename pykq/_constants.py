@@ -1,8 +1,10 @@
 """NetBSD's names for filters, actions and notes (sys/event.h), as enums that print their names.
 
 They are pykq's numbers on every system. NetBSD counts its filters from 0 upward, the others from -1
-downward, each in its own order, and timers have other notes: pykq translates, on the way in and out. On the
-way in a system's own negative number, such as ``select.KQ_FILTER_READ``, will do as well.
+downward, each in its own order: pykq translates, on the way in and out. On the way in a system's own negative
+number, such as ``select.KQ_FILTER_READ``, will do as well. Timers have other notes elsewhere, which pykq
+translates on the way in; those of an event are the system's. All other numbers are the same on all systems,
+but for ``NoteVnode.OPEN`` to ``READ``: NetBSD and FreeBSD only.
 """
 
 from enum import IntEnum, IntFlag
@@ -35,7 +37,7 @@ class EV(IntFlag):
     RECEIPT = 0x0040  # answer the change with an ERROR event, data 0 when it went well
     DISPATCH = 0x0080  # disable the event when it has been reported once
     FLAG1 = 0x2000  # free for the filter's use
-    ERROR = 0x4000  # out: the change failed, data is NetBSD's errno number
+    ERROR = 0x4000  # out: the change failed, data is the kernel's errno number: NetBSD's in a rump kernel
     EOF = 0x8000  # out: the other end has closed
 
 
@@ -55,7 +57,7 @@ class NoteVnode(IntFlag):
     LINK = 0x0010  # link count changed
     RENAME = 0x0020  # renamed
     REVOKE = 0x0040  # access revoked, or file system unmounted
-    OPEN = 0x0080  # opened; this and the next three: NetBSD 10 and later
+    OPEN = 0x0080  # opened; this and the next three: NetBSD 10 and FreeBSD; other bits elsewhere
     CLOSE = 0x0100  # a descriptor that could not write was closed
     CLOSE_WRITE = 0x0200  # a descriptor that could write was closed
     READ = 0x0400  # read from

@@ -1,9 +1,9 @@
 """Changes and events: one as an object, many as the C array that the kernel reads or writes."""
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, Self, SupportsIndex, overload, runtime_checkable
+from typing import NamedTuple, Protocol, Self, SupportsIndex, overload
 
 from pykq._abi import Abi, KeventFields
 from pykq._constants import EV, EVFILT
@@ -12,13 +12,27 @@ _MAX_EVENTS = 1 << 20  # more in one wait is a mistake: the buffer alone would b
 
 
 class HasFileno(Protocol):
+    """A file, a socket, a kqueue: what has a descriptor."""
+
     def fileno(self) -> int: ...
 
 
-@runtime_checkable
-class _HasIdent(Protocol):
+class HasIdent:
+    """A ``Kqueue``: its ident is its descriptor in its own kernel, which ``fileno`` may refuse to give."""
+
     @property
-    def ident(self) -> int: ...
+    def ident(self) -> int:
+        raise NotImplementedError
+
+
+def descriptor(it: object) -> int:
+    """The descriptor of an object that has one, or the number that it is. TypeError: it is neither."""
+    if isinstance(it, int):
+        return it
+    fileno: Callable[[], int] | None = getattr(it, "fileno", None)
+    if fileno is None:
+        raise TypeError(f"neither a number nor an object with fileno(): {it!r}")
+    return fileno()
 
 
 class _Fields(NamedTuple):
@@ -41,13 +55,15 @@ class Kevent(KeventFields, _Fields):
         fflags: the filter's own flags (``NoteVnode`` and so on).
         data: the filter's own number, signed, 64 bits.
         udata: a number of yours, as wide as a pointer, that comes back with each event.
+
+    Raises TypeError: the ident is neither a number nor an object with a descriptor.
     """
 
     __slots__ = ()
 
     def __new__(
         cls,
-        ident: int | HasFileno | _HasIdent,
+        ident: int | HasFileno | HasIdent,
         filter: int = EVFILT.READ,
         flags: int = EV.ADD,
         fflags: int = 0,
@@ -55,10 +71,8 @@ class Kevent(KeventFields, _Fields):
         udata: int = 0,
     ) -> Self:
         if not isinstance(ident, int):
-            # A Kqueue's ident is its descriptor in its own kernel, which fileno() may refuse to give.
-            ident = ident.ident if isinstance(ident, _HasIdent) else ident.fileno()
+            ident = ident.ident if isinstance(ident, HasIdent) else descriptor(ident)
         return super().__new__(cls, ident, filter, flags, fflags, data, udata)
-
 
     @classmethod
     def of(cls, other: object) -> Self:

@@ -9,7 +9,6 @@ import ctypes.util
 import errno
 import os
 import platform
-import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,18 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pykq._abi import (
-    ABIS,
-    KFILTER_BYFILTER,
-    KFILTER_BYNAME,
-    KFILTER_MAXNAME,
-    KQUEUE_TICKLE,
-    O_CLOEXEC,
-    O_NONBLOCK,
-    POLL,
-    Abi,
-    KfilterMapping,
-)
+from pykq._abi import ABIS, KQUEUE_TICKLE, O_CLOEXEC, O_NONBLOCK, POLL, Abi
 from pykq._mechanism import WAKERS, Mechanism
 
 if TYPE_CHECKING:
@@ -124,30 +112,16 @@ class Kernel:
         raise NotImplementedError
 
     def read(self, fd: int, size_bytes: int) -> bytes:
+        """What is there to read, ``size_bytes`` at the most; b"" at the end."""
         raise NotImplementedError
 
     def write(self, fd: int, data: bytes) -> int:
+        """How many bytes of ``data`` were written."""
         raise NotImplementedError
 
     def close(self, fd: int) -> None:
+        """Close a descriptor."""
         raise NotImplementedError
-
-    def kfilter_byfilter(self, number: int) -> str:
-        """The name of the filter with this number, as ``"EVFILT_READ"``. NetBSD only.
-
-        FileNotFoundError: there is none. See kqueue(2) of NetBSD, KFILTER_BYFILTER.
-        """
-        name = ctypes.create_string_buffer(KFILTER_MAXNAME)
-        mapping = KfilterMapping(ctypes.addressof(name), len(name), number)
-        self._ioctl_on_kqueue(KFILTER_BYFILTER, ctypes.byref(mapping))
-        return name.value.decode()
-
-    def kfilter_byname(self, name: str) -> int:
-        """The number of the filter with this name; FileNotFoundError: there is none. NetBSD only."""
-        text = ctypes.create_string_buffer(name.encode())
-        mapping = KfilterMapping(ctypes.addressof(text), len(text), 0)
-        self._ioctl_on_kqueue(KFILTER_BYNAME, ctypes.byref(mapping))
-        return int(mapping.filter)
 
     @cached_property
     def has_tickle(self) -> bool:
@@ -168,22 +142,13 @@ class Kernel:
         fd = self.kqueue()
         try:
             WAKERS[mechanism](self, fd).send(fd, KQUEUE_TICKLE)
-        except (OSError, struct.error) as error:  # the system has no such filter number
-            if isinstance(error, OSError) and error.errno not in (errno.ENOTTY, errno.EINVAL, errno.ENOENT):
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.EINVAL, errno.ENOENT):
                 raise
             return False
         finally:
             self.close(fd)
         return True
-
-    def _ioctl_on_kqueue(self, request: int, argument: Any) -> None:
-        if self.abi.system != "NetBSD":
-            raise OSError(errno.ENOTTY, f"only NetBSD's kernel can be asked for its filters, not {self.name}")
-        fd = self.kqueue()
-        try:
-            self.ioctl(fd, request, argument)
-        finally:
-            self.close(fd)
 
     def _forked(self) -> None:
         """In the child of a fork: NetBSD hands no kqueue down, and the number may become another file's."""
@@ -318,8 +283,8 @@ class RumpKernel(Kernel):
         return super().call(_RUMP + name, *args)
 
     def _forked(self) -> None:
-        super()._forked()
         self._is_child = True  # its threads are gone, and a call may wait for one of them
+        super()._forked()
 
     def kqueue(self) -> int:
         return self.call("kqueue1", O_CLOEXEC)
@@ -383,9 +348,9 @@ class RumpKernel(Kernel):
             helper.join()
         except BaseException:
             kqueue = self.kqueues.get(fd)
-            if kqueue is not None and helper.is_alive():
-                kqueue.tickle()
-                helper.join()
+            while kqueue is not None and not kqueue.closed and helper.is_alive():
+                kqueue.tickle()  # again and again: another thread's wait may take it
+                helper.join(0.001)
             raise
         result, number = outcome[0]
         ctypes.set_errno(number)  # each thread has its own: hand the helper's on
@@ -397,7 +362,11 @@ def _console_off_stdout() -> Iterator[None]:
     """Keep what the kernel prints while it starts out of the program's output: librumpuser uses stdout."""
     libc = ctypes.CDLL(None)
     libc.fflush(None)
-    stdout = os.dup(1)
+    try:
+        stdout = os.dup(1)
+    except OSError:  # it is closed, and so there is nothing to be kept clean
+        yield
+        return
     with open("/dev/stderr" if os.environ.get("RUMP_VERBOSE") else os.devnull, "wb") as console:
         os.dup2(console.fileno(), 1)
     try:
@@ -414,8 +383,14 @@ def _release(version: int) -> str:
     return f"{major}.{minor}.{patch}" if patch else f"{major}.{minor}"
 
 
-_loading = threading.Lock()
+_loading = threading.RLock()
 _loaded: dict[str, Kernel] = {}  # a loaded library cannot be unloaded, so this is the state of the process
+
+if hasattr(os, "register_at_fork"):  # pykq can be imported where this is not
+    # A fork waits until another thread has loaded its kernel: half of one would be of no use to the child.
+    os.register_at_fork(
+        before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release
+    )
 
 
 def load_kernel(kernel: Kernel | str | os.PathLike[str] | None = None) -> Kernel:

@@ -5,26 +5,32 @@ import ctypes
 import errno
 import io
 import math
+import operator
 import os
 import struct
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from threading import get_ident
 from types import TracebackType
 from typing import NoReturn, Self, overload
 
-from pykq._abi import KQUEUE_TICKLE, POLL, TIMESPEC
-from pykq._events import Events, HasFileno, Kevent
+from pykq._abi import (
+    KFILTER_BYFILTER,
+    KFILTER_BYNAME,
+    KFILTER_MAXNAME,
+    KQUEUE_TICKLE,
+    POLL,
+    TIMESPEC,
+    KfilterMapping,
+)
+from pykq._callable import callable
+from pykq._events import Events, HasFileno, HasIdent, Kevent, descriptor
 from pykq._kernel import Kernel, TickleNotSupported, load_kernel
 from pykq._mechanism import WAKERS, Mechanism, Waker
 
-# The package ctypes-callable asks CPython itself; on other interpreters the builtin serves.
-try:
-    from ctypes_callable import callable
-except (ImportError, AttributeError):
-    from builtins import callable
-
 _FOREVER_S = 1e8  # three years: a longer wait is one without end
+_CLOSE_S = 5.0  # the longest that close() waits for other threads
 
 
 class Tickled(InterruptedError):
@@ -41,11 +47,13 @@ def _nanoseconds(timeout: float) -> int | None:
     return math.ceil(timeout * 1e9) if timeout <= _FOREVER_S else None
 
 
-class Kqueue:
+class Kqueue(HasIdent):
     """A kqueue: a kernel object that watches many things, and ``kevent`` to wait for what happens to them.
 
-    Any number of threads may use one at the same time. In a ``with`` block it is closed at the end. It is not
-    inherited by a child process: after ``fork`` the object raises ``ValueError`` there.
+    Any number of threads may use one at the same time. In a ``with`` block it is closed at the end; else with
+    the object, which a thread in ``kevent`` keeps alive, or when the process ends: a daemon thread in
+    ``kevent`` does not hold that up. It is not inherited by a child process: after ``fork`` the object raises
+    ``ValueError`` there, and ``exec`` closes the descriptor.
 
     Args:
         kernel: the kernel to open it in, as for ``load_kernel``.
@@ -87,7 +95,8 @@ class Kqueue:
         try:
             self._own(fd)
         except BaseException:
-            self.kernel.close(fd)
+            if self._fd < 0:  # else the object owns it already, and closes it
+                self.kernel.close(fd)
             raise
 
     @classmethod
@@ -106,9 +115,8 @@ class Kqueue:
         self = cls.__new__(cls)
         self._prepare(load_kernel(kernel), mechanism, on_tickle)
         # With no room for events kevent does not scan: this says that fd is a kqueue, and consumes no tickle.
-        # 2**31 and more ctypes would cut down to a C int.
-        if not 0 <= fd < 1 << 31 or self._kevent(fd, None, 0, None, 0, POLL) < 0:
-            raise OSError(errno.EBADF, f"kevent: {os.strerror(errno.EBADF)}")
+        if self._kevent(_checked(fd, "kevent"), None, 0, None, 0, POLL) < 0:
+            raise _bad_descriptor("kevent")
         self._own(fd)
         return self
 
@@ -136,6 +144,7 @@ class Kqueue:
         self._look: Callable[..., int] = kernel.look
         self._codec = kernel.abi.codec
         self._spare: list[Events] = []
+        self._waits: list[int] = []  # the threads that sleep, or are about to: see close
         self._closed_text = ""
 
     def _own(self, fd: int) -> None:
@@ -143,9 +152,9 @@ class Kqueue:
         self._send = self._waker.send
         if self._waker.head:
             self._look = _to_be_waited_for
-        self._fd = fd
         self._to_close = [fd]
         self.kernel.kqueues[fd] = self
+        self._fd = fd  # last: from here on __del__ closes it
 
     @overload
     def kevent(
@@ -170,7 +179,7 @@ class Kqueue:
 
         Args:
             changes: what to watch from now on. A change that fails is reported as an event with ``EV.ERROR``,
-                whose ``data`` is NetBSD's errno number; with ``max_events`` 0 it raises ``OSError``.
+                whose ``data`` is the kernel's errno number; with ``max_events`` 0 it raises ``OSError``.
             max_events: the most events to return; 0 applies the changes and does not wait.
             timeout: seconds, rounded up to a nanosecond; None waits for ever, and so do more than 10**8
                 seconds or infinity; 0 looks and does not wait.
@@ -184,13 +193,16 @@ class Kqueue:
             Tickled: ``tickle()`` was called and no event was there. The wait consumes all tickles before it,
                 whatever it returns or raises. A tickle may be reported once too often, never not at all:
                 so look at what it announces, and do not count.
+            TypeError: an argument of the wrong type.
             ValueError: a bad argument, or the kqueue is closed, be it during the wait.
             OSError: from the kernel.
 
         A signal does not end the wait: Python's handlers run, in the main thread, and when they do not raise
-        the wait goes on with the time that remains. The GIL is released while it lasts.
+        the wait goes on with the time that remains. What a handler raises, as Ctrl-C's does, may come when
+        the kernel has returned events already: they are lost, unless what they report goes on (a pipe that
+        can still be read; not a timer, nor with EV.CLEAR or EV.ONESHOT). The GIL is released while it lasts.
         """
-        if into is not None and timeout == 0 and not changes and into._codec is self._codec:
+        if type(into) is Events and timeout == 0 and not changes and into._codec is self._codec:
             # The fastest there is: a loop looks often. Of a tickle it need not know (T5).
             look = self._look  # calling self._look(...) takes longer, in CPython 3.11
             count = look(self._fd, None, 0, into._reference, into._capacity, POLL)
@@ -209,6 +221,8 @@ class Kqueue:
                 return events.copy() if events._count else []
             finally:
                 self._spare.append(events)
+        if not isinstance(into, Events):
+            raise TypeError(f"into must be a buffer(), not {into!r}")
         if into._codec is not self._codec:
             raise ValueError("the buffer belongs to a kqueue of a kernel with another struct kevent")
         into._count = self._wait(changes, into, timeout)
@@ -220,7 +234,6 @@ class Kqueue:
             count = self._look(self._fd, None, 0, events._reference, events._capacity, POLL)
             if count >= 0:
                 return count
-        waker = self._waker  # which lives as long as this: see Pipe
         events._count = 0  # should this raise
         changelist, nchanges = self._pack(changes) if changes else (None, 0)
         timespec, deadline_ns = None, None
@@ -229,24 +242,44 @@ class Kqueue:
         elif timeout is not None and (timeout_ns := _nanoseconds(timeout)) is not None:
             timespec = TIMESPEC.pack(*divmod(timeout_ns, 1_000_000_000))
             deadline_ns = time.monotonic_ns() + timeout_ns
+        waits, me = self._waits, get_ident()
+        try:
+            waits.append(me)  # in here, so that no signal handler can raise between it and the removal
+            found = self._sleep(changelist, nchanges, events, timespec, deadline_ns)
+        finally:
+            waits.remove(me)
+        if found >= 0:
+            return found
+        if self._on_tickle is None:
+            raise Tickled(errno.EINTR, "kevent: interrupted by a tickle")
+        self._on_tickle()
+        return 0
+
+    def _sleep(
+        self,
+        changelist: bytes | None,
+        nchanges: int,
+        events: Events,
+        timespec: bytes | None,
+        deadline_ns: int | None,
+    ) -> int:
+        """The number of events, or -1 for a tickle."""
+        waker = self._waker  # which lives as long as this: see Pipe
         while True:
             count = self._kevent(
                 self._fd, changelist, nchanges, events._reference, events._capacity, timespec
             )
             tickled = False
             if count < 0:
-                tickled = self._tickle_ended_it()
+                tickled = self._tickle_ended_it(waker)
             elif count > 0 and waker.head:
                 count, tickled = self._without_hidden(waker, events, count)
-                if count or timeout == 0:
+                if count or timespec == POLL:
                     return count
             elif count > 0 or timespec is not None or not events._capacity:
                 return count
             if tickled:
-                if self._on_tickle is None:
-                    raise Tickled(errno.EINTR, "kevent: interrupted by a tickle")
-                self._on_tickle()
-                return 0
+                return -1
             # It was a signal, and Python runs its handlers between bytecodes: here, or when the loop jumps
             # back. Or another thread took the tickle that woke this one; or, as libkqueue has it, the event.
             #
@@ -259,7 +292,7 @@ class Kqueue:
                     return 0
                 timespec = TIMESPEC.pack(*divmod(left_ns, 1_000_000_000))
 
-    def _tickle_ended_it(self) -> bool:
+    def _tickle_ended_it(self, waker: Waker) -> bool:
         """After kevent failed: True for a tickle, False for a signal.
 
         The kernel says EINTR for both. So ``tickle()`` sets ``_tickled``, and then the kernel's own flag by
@@ -281,7 +314,7 @@ class Kqueue:
                 raise ValueError(self._closed_text)
             if error.errno != errno.EINTR:
                 raise error
-        tickled = self._tickled and not self._waker.head
+        tickled = self._tickled and not waker.head
         if tickled:
             self._tickled = False
         return tickled
@@ -358,8 +391,8 @@ class Kqueue:
     def close(self) -> None:
         """Close it; a second time does nothing. A wait in another thread ends with ``ValueError``.
 
-        Before NetBSD 10 the kernel's close waits for the threads asleep on the kqueue to return: one of
-        them does at once, any others only when an event or their timeout comes.
+        Those waits are woken up first, each of them: NetBSD's own close waits until the last one returns, and
+        wakes only some. Takes as long as they need to come back, 5 s at the most.
         """
         try:
             fd = self._to_close.pop()  # once, whoever calls: threads, signal handlers, __del__
@@ -369,8 +402,15 @@ class Kqueue:
         self._refuse("I/O operation on closed kqueue object")
         if self.kernel.kqueues.get(fd) is self:
             del self.kernel.kqueues[fd]
-        with contextlib.suppress(OSError):  # closed behind its back
-            send()
+        # A wait is in the list before it looks whether this is closed; so what is not in it now will look.
+        deadline = time.monotonic() + _CLOSE_S
+        while self._waits:
+            with contextlib.suppress(OSError):  # closed behind its back
+                send()  # again and again, as one wait may take what was to wake the others
+            # A wait of this thread's own goes on after the signal handler that this is called from.
+            if set(self._waits) <= {get_ident()} or time.monotonic() > deadline:
+                break
+            time.sleep(0.0005)
         self.kernel.close(fd)
 
     def _forget(self) -> None:
@@ -386,7 +426,7 @@ class Kqueue:
         self._closed_text = why
         self._fd = -1
         self._kevent = self._look = self._send = refuse
-        self._waker = _CLOSED
+        self._waker = Waker()
 
     def _pack(self, changes: Iterable[Kevent]) -> tuple[bytes, int]:
         pack = self.kernel.abi.pack
@@ -395,7 +435,9 @@ class Kqueue:
             try:
                 packed.append(pack(*change))
             except struct.error as error:
-                raise ValueError(f"{change!r} does not fit struct kevent: {error}") from None
+                if all(isinstance(field, int) for field in change):
+                    raise ValueError(f"{change!r} does not fit struct kevent: {error}") from None
+                raise TypeError(f"all must be numbers: {tuple(change)}") from None
         return b"".join(packed), len(packed)
 
     def __enter__(self) -> Self:
@@ -412,6 +454,37 @@ class Kqueue:
         """``kevent`` under the name it has in ``select.kqueue``."""
         return self.kevent(changes, max_events, timeout)
 
+    def kfilter_byfilter(self, number: int) -> str:
+        """The name of the filter with this number, as ``"EVFILT_READ"``: KFILTER_BYFILTER of kqueue(2).
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the number does not fit 32 bits.
+            OSError: ``ENOTTY``: it is not NetBSD.
+        """
+        if not 0 <= number < 1 << 32:
+            raise ValueError(f"a filter's number has 32 bits: {number}")
+        name = ctypes.create_string_buffer(KFILTER_MAXNAME)
+        self._map_filter(KFILTER_BYFILTER, KfilterMapping(ctypes.addressof(name), len(name), number))
+        return name.value.decode()
+
+    def kfilter_byname(self, name: str) -> int:
+        """The number of the filter with this name: KFILTER_BYNAME of kqueue(2).
+
+        Raises as ``kfilter_byfilter``; ValueError: there is a NUL in the name.
+        """
+        if "\0" in name:
+            raise ValueError(f"NUL in a filter's name: {name!r}")
+        text = ctypes.create_string_buffer(name.encode())
+        mapping = KfilterMapping(ctypes.addressof(text), len(text), 0)
+        self._map_filter(KFILTER_BYNAME, mapping)
+        return int(mapping.filter)
+
+    def _map_filter(self, request: int, mapping: KfilterMapping) -> None:
+        if self.kernel.abi.system != "NetBSD":
+            raise OSError(errno.ENOTTY, f"only NetBSD can be asked for its filters, not {self.kernel.name}")
+        self.kernel.ioctl(self.ident, request, ctypes.byref(mapping))
+
     def __del__(self) -> None:
         if self._fd >= 0:  # it came to own one
             self.close()
@@ -425,22 +498,6 @@ def _to_be_waited_for(*_: object) -> int:
     return -1
 
 
-class _Closed:
-    """The waker of a kqueue that is closed; a pipe goes when the last wait does."""
-
-    head = b""
-
-    def send(self, fd: int, request: int) -> None: ...
-
-    def take(self) -> bool:
-        return False
-
-    def clear(self) -> None: ...
-
-
-_CLOSED = _Closed()
-
-
 def tickle(kqueue: Kqueue | HasFileno | int) -> None:
     """Interrupt one wait on a kqueue, given as a ``Kqueue``, a ``select.kqueue`` or a descriptor.
 
@@ -450,13 +507,14 @@ def tickle(kqueue: Kqueue | HasFileno | int) -> None:
 
     Raises:
         TickleNotSupported: the kernel has no KQUEUE_TICKLE.
+        TypeError: it is neither a number nor an object with ``fileno``.
         OSError: ``EBADF`` or another: it is no kqueue.
         KernelUnavailable: a descriptor is given, and the running system has no kqueue.
     """
     if isinstance(kqueue, Kqueue):
         return kqueue.tickle()
     kernel = load_kernel("system")
-    fd = kqueue if isinstance(kqueue, int) else kqueue.fileno()
+    fd = _checked(descriptor(kqueue), "tickle")
     known = kernel.kqueues.get(fd)
     if known is not None:
         return known.tickle()
@@ -464,6 +522,17 @@ def tickle(kqueue: Kqueue | HasFileno | int) -> None:
         kernel.plain_ioctl(fd, KQUEUE_TICKLE)
     except OSError as error:
         raise _tickle_error(error, kernel) from None
+
+
+def _checked(fd: int, call: str) -> int:
+    """A descriptor that can be one: others are no C int, or would be cut down to one."""
+    if not 0 <= operator.index(fd) < 1 << 31:
+        raise _bad_descriptor(call)
+    return fd
+
+
+def _bad_descriptor(call: str) -> OSError:
+    return OSError(errno.EBADF, f"{call}: {os.strerror(errno.EBADF)}")
 
 
 def _tickle_error(error: Exception, kernel: Kernel) -> Exception:

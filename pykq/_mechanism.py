@@ -7,7 +7,7 @@ the kernel returns. ``Kqueue`` makes the rules of it: see ``Kqueue._without_hidd
 import contextlib
 from collections.abc import Callable
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pykq._abi import POLL
 from pykq._constants import EV, EVFILT, NoteUser
@@ -30,40 +30,34 @@ class Mechanism(StrEnum):
     PIPE = "pipe"  # a hidden pipe: everywhere, for two descriptors more
 
 
-class Waker(Protocol):
-    """A mechanism on one kqueue."""
+class Waker:
+    """A mechanism on one kqueue; this one serves a kqueue that is closed, and does nothing.
 
-    @property
-    def head(self) -> bytes:
-        """What the hidden event begins with, b"" when there is none."""
+    Attributes:
+        head: what the hidden event begins with, b"" when there is none.
+        send: interrupts a wait; called as an ioctl is, with the kqueue and KQUEUE_TICKLE.
+    """
 
-    @property
-    def send(self) -> Callable[[int, int], object]:
-        """A function that interrupts a wait, called as an ioctl is: with the kqueue and KQUEUE_TICKLE."""
+    head = b""
+    send: Callable[[int, int], object]
 
     def take(self) -> bool:
         """Consume the tickle whose event was returned; False: another thread was faster."""
+        raise NotImplementedError
 
     def clear(self) -> None:
         """Consume a tickle whose event may not have been returned yet."""
+        raise NotImplementedError
 
 
-class Tickle:
+class Tickle(Waker):
     """KQUEUE_TICKLE: the kernel says EINTR, and there is no event to be taken."""
-
-    head = b""
 
     def __init__(self, kernel: "Kernel", fd: int) -> None:
         self.send = kernel.plain_ioctl
 
-    def take(self) -> bool:
-        return False
 
-    def clear(self) -> None:
-        pass
-
-
-class UserEvent:
+class UserEvent(Waker):
     """An EVFILT_USER event that is reset when it is returned: one thread gets it."""
 
     def __init__(self, kernel: "Kernel", fd: int) -> None:
@@ -94,7 +88,7 @@ class UserEvent:
             self._register(self._delete, self._add)
 
 
-class Pipe:
+class Pipe(Waker):
     """A pipe that the kqueue watches: a byte in it is a tickle.
 
     It lives as long as this object, which every thread in a wait holds on to: none can read from the

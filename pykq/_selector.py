@@ -6,9 +6,10 @@ import selectors
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from pykq._callable import callable
 from pykq._constants import EV, EVFILT
 from pykq._events import HasFileno, Kevent
-from pykq._kernel import Kernel
+from pykq._kernel import Kernel, load_kernel
 from pykq._kqueue import Kqueue
 from pykq._mechanism import Mechanism
 
@@ -21,7 +22,7 @@ class TickleSelector(selectors.BaseSelector):
 
     One thread registers and selects; any thread, and a signal handler, may call ``wakeup``. The arguments are
     those of ``Kqueue``, and so are the exceptions. What is registered are descriptors of the running system,
-    so the kernel cannot be a rump kernel.
+    so a rump kernel is a ValueError.
     """
 
     def __init__(
@@ -30,6 +31,9 @@ class TickleSelector(selectors.BaseSelector):
         *,
         mechanism: Mechanism | str | None = None,
     ) -> None:
+        kernel = load_kernel(kernel)
+        if not kernel.shares_descriptors:
+            raise ValueError(f"it cannot watch descriptors of the running system: {kernel.name}")
         self._kq = Kqueue(kernel, mechanism=mechanism, on_tickle=bool)  # so that a tickle returns no events
         #: What ``wakeup`` uses.
         self.mechanism = self._kq.mechanism
@@ -46,8 +50,12 @@ class TickleSelector(selectors.BaseSelector):
         ValueError when the selector is closed.
         """
         if not self._woken:
-            self._woken = True  # before the tickle: a select that returns meanwhile takes it back
-            self._kq.tickle()
+            try:
+                self._woken = True  # before the tickle: a select that returns meanwhile takes it back
+                self._kq.tickle()
+            except BaseException:  # Ctrl-C as well: no tickle is under way
+                self._woken = False
+                raise
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """The keys that are ready, each with its ready events; none when the time is over, or by ``wakeup``.
@@ -66,7 +74,9 @@ class TickleSelector(selectors.BaseSelector):
         ready: dict[int, int] = {}
         for event in events:
             if event.filter == EVFILT.SIGNAL:
-                self._signals[event.ident](event.ident)
+                handler = self._signals.get(event.ident)
+                if handler is not None:  # else a handler before it has removed it
+                    handler(event.ident)
             else:
                 ready[event.ident] = ready.get(event.ident, 0) | _EVENTS[event.filter]
         keys = self._keys
@@ -86,8 +96,7 @@ class TickleSelector(selectors.BaseSelector):
         try:
             self._change(key.fd, 0, events)
         except OSError:
-            with contextlib.suppress(OSError):  # one of the two may have been added
-                self._change(key.fd, events, 0)
+            self._drop(key.fd)
             raise
         self._keys[key.fd] = key
         if 2 * len(self._keys) > self._buffer.max_events:
@@ -103,9 +112,17 @@ class TickleSelector(selectors.BaseSelector):
         return key
 
     def modify(self, fileobj: int | HasFileno, events: int, data: Any = None) -> selectors.SelectorKey:
-        """Watch it for other events, with other data. Raises what ``register`` and ``unregister`` do."""
+        """Watch it for other events, with other data. Raises what ``register`` and ``unregister`` do.
+
+        After an OSError it is not registered any more, as the standard library has it.
+        """
         key = self.get_key(fileobj)
-        self._change(key.fd, key.events, _checked(events))
+        try:
+            self._change(key.fd, key.events, _checked(events))
+        except OSError:
+            del self._keys[key.fd]
+            self._drop(key.fd)
+            raise
         self._keys[key.fd] = key._replace(events=events, data=data)
         return self._keys[key.fd]
 
@@ -127,12 +144,17 @@ class TickleSelector(selectors.BaseSelector):
 
         The kqueue watches for it (EVFILT_SIGNAL), so it ends a wait whichever thread the system gives the
         signal to. What the signal does besides is as ``signal.signal`` says.
+
+        Raises TypeError: the handler cannot be called. OSError: there is no such signal, or no handler to be
+        removed.
         """
-        self._kq.kevent([Kevent(number, EVFILT.SIGNAL, EV.ADD if handler else EV.DELETE)], 0)
-        if handler:
-            self._signals[number] = handler
+        if handler is not None and not callable(handler):
+            raise TypeError(f"handler must be callable or None, not {handler!r}")
+        self._kq.kevent([Kevent(number, EVFILT.SIGNAL, EV.DELETE if handler is None else EV.ADD)], 0)
+        if handler is None:
+            self._signals.pop(number, None)
         else:
-            del self._signals[number]
+            self._signals[number] = handler
 
     def _change(self, fd: int, before: int, after: int) -> None:
         changes = [
@@ -141,6 +163,12 @@ class TickleSelector(selectors.BaseSelector):
             if (before ^ after) & event
         ]
         self._kq.kevent(changes, 0)
+
+    def _drop(self, fd: int) -> None:
+        """After a change that failed: one of the two events may be watched."""
+        for event in _FILTERS:
+            with contextlib.suppress(OSError):
+                self._change(fd, event, 0)
 
     def _descriptor(self, fileobj: int | HasFileno) -> int:
         """Its descriptor, also when it is registered and has been closed since."""

@@ -12,11 +12,13 @@ the wait on it, and has no place for another waker; in guest mode trio waits in 
 """
 
 import asyncio
+import inspect
 import os
 import signal
 from collections.abc import Callable
 from typing import Any
 
+from pykq._callable import callable
 from pykq._kernel import Kernel
 from pykq._mechanism import Mechanism
 from pykq._selector import TickleSelector
@@ -28,6 +30,8 @@ class TickleEventLoop(asyncio.SelectorEventLoop):
     It replaces these methods of asyncio's loop, CPython 3.11 to 3.14: ``_make_self_pipe``,
     ``_close_self_pipe``, ``_write_to_self``, ``add_signal_handler`` and ``remove_signal_handler``.
     """
+
+    _closed = True  # asyncio's __del__ asks, also when there was no kernel to make a selector of
 
     def __init__(
         self,
@@ -63,10 +67,12 @@ class TickleEventLoop(asyncio.SelectorEventLoop):
         Raises:
             ValueError: there is no such signal.
             RuntimeError: it cannot be caught, or this is not the main thread.
-            TypeError: the callback is a coroutine function.
+            TypeError: the callback cannot be called, or is a coroutine function.
         """
-        if asyncio.iscoroutine(callback) or asyncio.iscoroutinefunction(callback):
+        if inspect.iscoroutine(callback) or inspect.iscoroutinefunction(callback):
             raise TypeError("coroutines cannot be used with add_signal_handler()")
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, not {callback!r}")
         self._check_signal(sig)  # type: ignore[attr-defined]
         self._check_closed()  # type: ignore[attr-defined]
         try:

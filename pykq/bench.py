@@ -1,46 +1,60 @@
 """``python -m pykq.bench``: what a tickle costs, beside its rivals, in one run on one kernel.
 
-Every round measures each of them once, so that a disturbance meets them all alike; the figures are medians
-over the rounds. Then what pykq's own code costs: the same done by pykq and by the standard library, in turn.
-``--json`` prints all for programs, in seconds.
+Every round measures each of them, so that a disturbance meets them all alike, and begins with another one;
+the figures are medians over the rounds, with half of the range of their middle half. Then what pykq's own
+code costs: the same done by pykq and by the standard library, in turn. ``--json`` prints all for programs,
+in seconds.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import math
+import os
 import select
+import signal
+import socket
 import statistics
 import sys
 import threading
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pykq
 from pykq import EV, EVFILT, Kevent, NoteUser, aio
-from pykq._abi import io
+from pykq._abi import TIMESPEC, io
 
 FIOCLEX = io("f", 1)  # sys/filio.h: the least that an ioctl can do
 
-ROUNDS = 20
+ROUNDS = 10
 CALLS = 1000  # of one kind in a round
-WAKE_UPS = 100  # of one kind in a round
+BATCH = 50  # of calls in a row: a socket's buffer may hold no more than some hundred writes
+WAKE_UPS = 1000  # of one kind in a round: ten beyond the 99th percentile, and in all rounds beyond p99.9
+ENOUGH_FOR_P999 = 10_000
+LOOP_WAKE_UPS = 100  # of an event loop in a round, each of which sleeps for a tick of the clock
 EVENTS = 64  # in a busy kqueue
+
+# A signal that comes just before the wait does not end it; this does.
+RESCUE_S = 0.02
 
 
 @dataclass
 class Figures:
-    """What one way to wake a wait was measured at: a cost for each round, a latency for each wake-up."""
+    """What one way to wake a wait was measured at: costs for each round, and each round's wake-ups."""
 
     name: str
     send: Callable[[], object]
-    clean: Callable[[], object]  # after a send that nobody waited for
-    returned: Callable[[], object]  # in the waiter, after its wait
-    cost_s: list[float] = field(default_factory=list)
-    latency_s: list[float] = field(default_factory=list)
+    clean: Callable[[], object] = bool  # after sends that nobody waited for
+    returned: Callable[[], object] = bool  # in the waiter, after its wait
+    wait: Callable[[], object] | None = None  # for what does not end a wait of pykq's
+    awake_s: list[float] = field(default_factory=list)  # nobody waits, nothing is pending
+    pending_s: list[float] = field(default_factory=list)  # one is pending already
+    asleep_s: list[float] = field(default_factory=list)  # the thread sleeps: it has to be made to run
+    wake_s: list[list[float]] = field(default_factory=list)
 
 
 class Waiter(threading.Thread):
@@ -49,86 +63,155 @@ class Waiter(threading.Thread):
     def __init__(self, kq: pykq.Kqueue) -> None:
         super().__init__(daemon=True)
         self._kq = kq
-        self._begin, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._returned: Callable[[], object] = bool
+        self._begin, self._waits, self._done = (threading.Semaphore(0) for _ in range(3))
+        self._way: Figures
         self.at = 0.0
         self.start()
 
     def run(self) -> None:
         while self._begin.acquire():
+            wait = self._way.wait or self._kq.kevent
+            self._waits.release()
             with contextlib.suppress(pykq.Tickled):
-                self._kq.kevent()
+                wait()
             self.at = time.perf_counter()
-            self._returned()
+            self._way.returned()
             self._done.release()
 
-    def wake(self, way: Figures) -> float:
-        """Seconds from the send to the return of the wait."""
-        self._returned = way.returned
+    def wake(self, way: Figures) -> tuple[float, float]:
+        """Seconds for the send, and from before it to the return of the wait.
+
+        The other thread holds the GIL until it is in its wait: so it mostly sleeps, and if it does not yet,
+        nothing is lost.
+        """
+        self._way = way
         self._begin.release()
-        time.sleep(0.0005)  # so that it mostly sleeps; if it does not yet, nothing is lost
-        sent = time.perf_counter()
+        self._waits.acquire()
+        began = time.perf_counter()
         way.send()
+        sent = time.perf_counter()
         self._done.acquire()
-        return self.at - sent
+        return sent - began, self.at - began
 
 
 def measure(kernel: pykq.Kernel) -> dict[str, Figures]:
-    """Measure all the ways to wake a wait that this kernel has, and the floor, an ioctl that does nothing."""
-    with pykq.Kqueue(kernel) as kq:
-        reader, writer = kernel.pipe()
-        kq.kevent([Kevent(reader)], 0)
-        ways = [
-            Figures("pipe", lambda: kernel.write(writer, b"!"), lambda: kernel.read(reader, 1),
-                    lambda: kernel.read(reader, 1)),
-        ]
-        if kernel.has_tickle:
-            ways.append(Figures("KQUEUE_TICKLE", kq.tickle, bool, bool))
-        trigger = [Kevent(1, EVFILT.USER, EV(0), NoteUser.TRIGGER)]
-        try:
-            kq.kevent([Kevent(1, EVFILT.USER, EV.ADD | EV.CLEAR)], 0)
-        except OSError:  # before NetBSD 10
-            pass
-        else:
-            send, clean = lambda: kq.kevent(trigger, 0), lambda: kq.kevent(timeout=0)
-            ways.append(Figures("EVFILT_USER", send, clean, bool))
-        floors = []
-        if kernel.abi.system == "NetBSD":
-            floors += [Figures("ioctl FIOCLEX", lambda: kernel.plain_ioctl(kq.ident, FIOCLEX), bool, bool)]
+    """Measure all the ways to wake a wait that this kernel has, and the floors: calls that do nothing."""
+    with contextlib.ExitStack() as stack:
+        kq = stack.enter_context(pykq.Kqueue(kernel))
         waiter = Waiter(kq)
-        for _ in range(ROUNDS):
-            for way in [*floors, *ways]:
-                way.cost_s.append(_cost(way))
-            kq.kevent(timeout=0)  # a tickle is left over from its cost
-            for way in ways:
-                way.latency_s += [waiter.wake(way) for _ in range(WAKE_UPS)]
-        kernel.close(reader)
-        kernel.close(writer)
+        ways = _ways(kernel, kq, waiter, stack)
+        floors = _floors(kernel, kq)
+        for number in range(ROUNDS):
+            first = number % len(ways)
+            for way in [*floors, *ways[first:], *ways[:first]]:
+                if way.wait is None:  # a signal would be for the thread that measures
+                    way.awake_s.append(_one_by_one(way))
+                    way.pending_s.append(_in_a_row(way))
+                if way in floors:
+                    continue
+                sends, wake_ups = zip(*(waiter.wake(way) for _ in range(WAKE_UPS)), strict=True)
+                way.asleep_s.append(statistics.median(sends))
+                way.wake_s.append(list(wake_ups))
     return {way.name: way for way in [*floors, *ways]}
 
 
-def _cost(way: Figures) -> float:
-    """Seconds for one send, with nobody waiting, as a mean over many."""
-    spent = 0.0
+def _ways(
+    kernel: pykq.Kernel, kq: pykq.Kqueue, waiter: Waiter, stack: contextlib.ExitStack
+) -> list[Figures]:
+    """The ways to wake a wait that the kernel and the process have."""
+    empty = lambda: kq.kevent(timeout=0)  # noqa: E731
+    ways = []
+    if kernel.has_tickle:
+        ways.append(Figures("KQUEUE_TICKLE", kq.tickle, empty))
+    trigger = [Kevent(1, EVFILT.USER, EV(0), NoteUser.TRIGGER)]
+    with contextlib.suppress(OSError):  # before NetBSD 10
+        kq.kevent([Kevent(1, EVFILT.USER, EV.ADD | EV.CLEAR)], 0)
+        ways.append(Figures("EVFILT_USER", lambda: kq.kevent(trigger, 0), empty))
+    reader, writer = kernel.pipe()
+    stack.callback(kernel.close, reader)
+    stack.callback(kernel.close, writer)
+    ways.append(_bytes("pipe", kernel, kq, reader, writer))
+    if not kernel.shares_descriptors:
+        return ways
+    here, there = (stack.enter_context(one) for one in socket.socketpair())
+    ways.append(_bytes("socket pair", kernel, kq, here.fileno(), there.fileno()))
+    if threading.current_thread() is threading.main_thread():  # no other may set a handler
+        before = signal.signal(signal.SIGUSR1, lambda *_: None)
+        stack.callback(signal.signal, signal.SIGUSR1, before)
+        buffer, rescue = kq.buffer(1), TIMESPEC.pack(0, round(RESCUE_S * 1e9))
+        wait = lambda: kernel.kevent(kq.ident, None, 0, buffer._reference, 1, rescue)  # noqa: E731
+        ident = waiter.ident or 0
+        ways.append(Figures("pthread_kill", lambda: signal.pthread_kill(ident, signal.SIGUSR1), wait=wait))
+    return ways
+
+
+def _bytes(name: str, kernel: pykq.Kernel, kq: pykq.Kqueue, reader: int, writer: int) -> Figures:
+    """Wake by a byte through a pair of descriptors."""
+    kq.kevent([Kevent(reader)], 0)
+    read = lambda: kernel.read(reader, CALLS)  # noqa: E731
+    return Figures(name, lambda: kernel.write(writer, b"!"), read, read)
+
+
+def _floors(kernel: pykq.Kernel, kq: pykq.Kqueue) -> list[Figures]:
+    """What the least that a way could do costs."""
+    floors = []
+    if kernel.abi.system == "NetBSD":
+        floors.append(Figures("ioctl FIOCLEX", lambda: kernel.plain_ioctl(kq.ident, FIOCLEX)))
+    if kernel.shares_descriptors:
+        floors.append(Figures("getppid", os.getppid))
+    return floors
+
+
+def _one_by_one(way: Figures) -> float:
+    """Seconds for one send, with nobody waiting and nothing pending, as a median of many."""
+    spent = []
     for _ in range(CALLS):
         began = time.perf_counter()
         way.send()
-        spent += time.perf_counter() - began
+        spent.append(time.perf_counter() - began)
         way.clean()
-    return spent / CALLS
+    return statistics.median(spent)
+
+
+def _in_a_row(way: Figures) -> float:
+    """Seconds for one of many sends that come to one, as a median of batches."""
+    timer, spent = timeit.Timer(way.send), []
+    for _ in range(CALLS // BATCH):
+        way.send()
+        spent.append(timer.timeit(BATCH) / BATCH)
+        way.clean()
+    return statistics.median(spent)
 
 
 def summary(figures: Figures) -> dict[str, float]:
-    """The figures of one way as numbers, in seconds."""
-    numbers = {"send_s": statistics.median(figures.cost_s)}
-    if figures.latency_s:
-        numbers |= {f"wake_{name}": value for name, value in _percentiles(figures.latency_s).items()}
+    """The figures of one way as numbers, in seconds; _spread_s is that of the rounds."""
+    rounds = {"send_s": figures.awake_s, "pending_s": figures.pending_s, "asleep_s": figures.asleep_s}
+    for name, rank in (("wake_p50_s", 0.5), ("wake_p99_s", 0.99)):
+        rounds[name] = [_nearest_rank(one, rank) for one in figures.wake_s]
+    numbers = {}
+    for name, values in rounds.items():
+        if values:
+            numbers[name] = statistics.median(values)
+            numbers[name.removesuffix("_s") + "_spread_s"] = _spread(values)
+    every = [one for each in figures.wake_s for one in each]
+    if len(every) >= ENOUGH_FOR_P999:
+        numbers["wake_p999_s"] = _nearest_rank(every, 0.999)
     return numbers
 
 
+def _nearest_rank(values: Sequence[float], rank: float) -> float:
+    """The smallest value that this share of the values is not greater than."""
+    return sorted(values)[max(0, math.ceil(round(rank * len(values), 6)) - 1)]
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Half of the range of the middle half."""
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return (third - first) / 2
+
+
 def _percentiles(latency_s: list[float]) -> dict[str, float]:
-    ordered = sorted(latency_s)
-    return {"p50_s": statistics.median(ordered), "p99_s": ordered[len(ordered) * 99 // 100]}
+    return {"p50_s": _nearest_rank(latency_s, 0.5), "p99_s": _nearest_rank(latency_s, 0.99)}
 
 
 # The driver beside the standard library.
@@ -221,7 +304,7 @@ async def _calls_one_by_one() -> list[float]:
         made.release()
 
     def send() -> None:
-        for _ in range(WAKE_UPS):
+        for _ in range(LOOP_WAKE_UPS):
             time.sleep(0.0005)  # so that the loop mostly sleeps
             loop.call_soon_threadsafe(make, time.perf_counter())
             made.acquire()
@@ -232,6 +315,14 @@ async def _calls_one_by_one() -> list[float]:
     await done.wait()
     thread.join()
     return latency_s
+
+
+def figure(numbers: dict[str, float], key: str) -> str:
+    """A figure in microseconds with its spread, as far as there is one."""
+    if key not in numbers:
+        return ""
+    spread = numbers.get(key.removesuffix("_s") + "_spread_s")
+    return f"{1e6 * numbers[key]:.1f}" + ("" if spread is None else f" ±{1e6 * spread:.1f}")
 
 
 def main() -> int:
@@ -249,12 +340,12 @@ def main() -> int:
         facts = {"kernel": kernel.name, "rounds": ROUNDS, "results": results, "driver": driver}
         print(json.dumps(facts, indent=1))
         return 0
-    print(f"{kernel.name}; {ROUNDS} rounds, medians, microseconds; each includes one reading of the clock")
-    print(f"{'':16}{'send':>10}{'wake p50':>10}{'wake p99':>10}")
+    print(f"{kernel.name}; {ROUNDS} rounds, medians, microseconds; awake includes one reading of the clock")
+    columns = ("awake", "pending", "asleep", "wake p50", "wake p99", "p99.9")
+    print(" " * 16 + "".join(f"{column:>17}" for column in columns))
+    keys = ("send_s", "pending_s", "asleep_s", "wake_p50_s", "wake_p99_s", "wake_p999_s")
     for name, numbers in results.items():
-        cells = [f"{1e6 * numbers[key]:10.1f}" if key in numbers else f"{'':10}" for key in
-                 ("send_s", "wake_p50_s", "wake_p99_s")]
-        print(f"{name:16}{''.join(cells)}")
+        print(f"{name:16}" + "".join(f"{figure(numbers, key):>17}" for key in keys))
     print(f"\n{'pykq':>10}{'other':>10}{'ratio':>10}   pykq : other")
     for name, numbers in driver.items():
         ours, theirs = 1e6 * numbers["pykq_s"], 1e6 * numbers["other_s"]

@@ -121,8 +121,8 @@ def main(args: list[str] | None = None) -> int:
         kernel = pykq.load_kernel(options.kernel)
         with pykq.Kqueue(kernel, mechanism=options.mechanism) as kq:
             mechanism = kq.mechanism
-    except (pykq.KernelUnavailable, pykq.TickleNotSupported, ValueError) as error:
-        print(f"pykq.demo: {getattr(error, 'strerror', error)}", file=sys.stderr)
+    except (pykq.KernelUnavailable, OSError, ValueError) as error:
+        print(f"pykq.demo: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 1
     print(f"Kernel:    {kernel.name}")
     if mechanism == pykq.Mechanism.TICKLE:

@@ -71,7 +71,6 @@ def test_executors_and_subprocesses_work(runner):
         out, _ = await process.communicate(b"hello\n")
         assert (out, process.returncode) == (b"hello\n", 0)
 
-    asyncio.get_child_watcher().attach_loop(runner.get_loop())
     runner.run(main())
 
 
@@ -110,6 +109,11 @@ def test_a_coroutine_is_no_signal_handler(runner):
 
     with pytest.raises(TypeError, match="coroutines"):
         runner.get_loop().add_signal_handler(signal.SIGUSR1, handler)
+
+
+def test_what_cannot_be_called_is_no_signal_handler(runner):
+    with pytest.raises(TypeError, match="callable"):
+        runner.get_loop().add_signal_handler(signal.SIGUSR1, "a string")
 
 
 def test_a_handler_can_be_added_in_the_main_thread_only(runner):

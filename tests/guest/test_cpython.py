@@ -1,6 +1,5 @@
 """CPython's own tests of selectors and event loops, on pykq's; left out where Python came without them."""
 
-import asyncio
 import unittest
 
 import pytest
@@ -30,16 +29,6 @@ class TestSelector(selectors_.BaseSelectorTestCase, selectors_.ScalableSelectorM
 
 
 class TestLoop(events.EventLoopTestsMixin, events.SubprocessTestsMixin, utils.TestCase):
-    def setUp(self):
-        super().setUp()
-        watcher = asyncio.ThreadedChildWatcher()
-        watcher.attach_loop(self.loop)
-        asyncio.set_child_watcher(watcher)
-
-    def tearDown(self):
-        asyncio.set_child_watcher(None)
-        super().tearDown()
-
     def create_event_loop(self):
         return aio.TickleEventLoop()
 

@@ -25,8 +25,8 @@ LONG_S = 30.0
 
 @pytest.fixture(autouse=True)
 def system(kernel, watchdog):
-    if not kernel.shares_descriptors:
-        pytest.skip(f"not the running system: {kernel.name}")
+    if not kernel.shares_descriptors or kernel.abi.system != "NetBSD":
+        pytest.skip(f"not NetBSD as the running system: {kernel.name}")
 
 
 @pytest.fixture

@@ -9,10 +9,12 @@ import selectors
 import signal
 import socket
 import threading
+import time
 
 import pytest
 
 import pykq
+from pykq import EV, EVFILT, Kevent
 
 LONG_S = 30.0
 
@@ -29,6 +31,16 @@ def selector(kernel, mechanism, watchdog):
     with pykq.TickleSelector(kernel, mechanism=mechanism) as selector:
         assert selector.mechanism == mechanism
         yield selector
+
+
+@pytest.fixture
+def quiet_signals():
+    numbers = (signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.signal(number, lambda number, frame: None) for number in numbers]
+    yield numbers
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, signal.SIG_IGN)  # so that one that is still pending goes
+        signal.signal(number, handler)
 
 
 def test_wakeup_ends_a_select_in_another_thread(selector, waiter):
@@ -75,6 +87,19 @@ def test_a_failed_register_leaves_nothing_behind(selector, short_s):
     os.close(writer)
 
 
+def test_a_failed_modify_leaves_nothing_behind(selector):
+    """As in the standard library. Here the second of two changes fails."""
+    left, right = socket.socketpair()
+    with left, right:
+        selector.register(left, selectors.EVENT_WRITE)
+        selector._kq.kevent([Kevent(left, EVFILT.WRITE, EV.DELETE)], 0)
+        right.send(b"x")
+        with pytest.raises(FileNotFoundError):
+            selector.modify(left, selectors.EVENT_READ)
+        assert len(selector.get_map()) == 0
+        assert selector._kq.kevent(timeout=0) == []
+
+
 def test_there_is_room_for_all_that_is_ready(selector):
     pairs = [socket.socketpair() for _ in range(60)]
     for pair in pairs:
@@ -92,38 +117,76 @@ def test_a_closed_selector_cannot_be_woken(selector):
         selector.wakeup()
 
 
-def test_a_watched_signal_ends_a_select_although_another_thread_gets_it(selector, waiter):
+def test_a_watched_signal_ends_a_select_although_another_thread_gets_it(selector, waiter, quiet_signals):
     seen = []
     selector.on_signal(signal.SIGUSR1, seen.append)
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
-    try:
-        asleep = waiter(selector.select).fall_asleep()
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert asleep.outcome() == []
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    asleep = waiter(selector.select).fall_asleep()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert asleep.outcome() == []
     assert seen == [signal.SIGUSR1]
+
+
+def test_a_signals_handler_may_remove_another(kernel, selector, quiet_signals):
+    if kernel.abi.system == "libkqueue":
+        pytest.skip("libkqueue loses one of two signals now and then, or leaves it to end the process")
+    one, two = quiet_signals
+    seen = []
+    selector.on_signal(one, lambda number: (seen.append(number), selector.on_signal(two, None)))
+    selector.on_signal(two, lambda number: (seen.append(number), selector.on_signal(one, None)))
+    for number in quiet_signals:
+        os.kill(os.getpid(), number)
+    while not seen:
+        assert selector.select(LONG_S) == []
+    assert selector.select(0) == []
+    assert len(seen) == 1
+
+
+def test_what_cannot_be_called_is_no_signals_handler(selector):
+    with pytest.raises(TypeError, match="callable"):
+        selector.on_signal(signal.SIGUSR1, "a string")
+
+
+def test_a_wakeup_that_fails_is_not_taken_for_one_under_way(selector, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selector._kq, "_send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            selector.wakeup()
+    selector.wakeup()
+    start = time.monotonic()
+    assert selector.select(LONG_S) == []
+    assert time.monotonic() - start < LONG_S
 
 
 @pytest.mark.stress
 @pytest.mark.parametrize("senders", [1, 4])
 def test_no_wakeup_is_lost(selector, senders):
-    """Whoever puts something into the queue wakes the selector, which makes a system call for some only."""
-    items, work, taken = 20000, collections.deque(), []
+    """Whoever puts something into the queue wakes the selector, which makes a system call for some only.
 
-    def send(numbers):
-        for number in numbers:
-            work.append(number)
+    In each round all put in one thing, and none goes on before all of it is taken: so no later wake-up makes
+    up for one that is lost.
+    """
+    rounds, work = 3000, collections.deque()
+    turns = [threading.Semaphore(0) for _ in range(senders)]
+
+    def send(turn):
+        for _ in range(rounds):
+            turn.acquire()
+            work.append("something")
             selector.wakeup()
 
-    threads = [threading.Thread(target=send, args=(range(n, items, senders),)) for n in range(senders)]
-    for thread in threads:
-        thread.start()
-    while len(taken) < items:
-        before = len(taken)
-        while work:
-            taken.append(work.popleft())
-        if len(taken) < items:
+    for turn in turns:
+        threading.Thread(target=send, args=(turn,), daemon=True).start()
+    for _ in range(rounds):
+        for turn in turns:
+            turn.release()
+        taken = 0
+        while taken < senders:
+            start = time.monotonic()
             selector.select(LONG_S)
-            assert work or len(taken) > before or any(thread.is_alive() for thread in threads), "one is lost"
-    assert sorted(taken) == list(range(items))
+            assert time.monotonic() - start < LONG_S, "one is lost"
+            while work:
+                work.popleft()
+                taken += 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import pykq
 from pykq import _abi, _kernel
-from pykq._constants import EV, EVFILT, NoteProc, NoteReadWrite, NoteUser, NoteVnode
+from pykq._constants import EV, EVFILT, NOTES, NoteProc, NoteReadWrite, NoteTimer, NoteUser, NoteVnode
 from pykq._kqueue import Events, Kevent
 
 ABIS = pytest.mark.parametrize("abi", _abi.ABIS, ids=lambda abi: f"{abi.system}-{abi.since}")
@@ -32,7 +32,7 @@ def kevents(abi):
         fflags=st.integers(0, 2**32 - 1),
         data=st.integers(-(2**63), 2**63 - 1),
         udata=st.integers(0, 2**64 - 1),
-    )
+    ).map(lambda one: one._replace(fflags=0) if own and one.filter == EVFILT.TIMER else one)
 
 
 @ABIS
@@ -42,8 +42,37 @@ def test_a_change_is_what_c_reads(abi, data):
     change = data.draw(kevents(abi))
     c = abi.kevent.from_buffer_copy(abi.pack(*change))
     assert (c.ident, c.filter, c.flags, c.data, c.udata) == change[:3] + change[4:]
-    assert c.fflags == change.fflags or (abi.filters and change.filter == EVFILT.TIMER)
+    assert c.fflags == (abi.timer[0] if abi.filters and change.filter == EVFILT.TIMER else change.fflags)
     assert list(getattr(c, "ext", [])) in ([], [0, 0, 0, 0])
+
+
+# What a timer's notes are on each system: milliseconds, SECONDS, USECONDS, NSECONDS; and ABSTIME.
+TIMERS = {
+    "NetBSD": ((0, 1, 2, 3), 0x10),
+    "FreeBSD": ((2, 1, 4, 8), 0x10),
+    "OpenBSD": ((0, 1, 2, 3), 0x10),
+    "DragonFly": ((0, None, None, None), None),
+    "Darwin": ((0, 1, 2, 4), 8),
+    "libkqueue": ((0, 1, 2, 4), 8),
+}
+
+
+@ABIS
+@pytest.mark.parametrize("unit", [0, NoteTimer.SECONDS, NoteTimer.USECONDS, NoteTimer.NSECONDS])
+@pytest.mark.parametrize("absolute", [0, NoteTimer.ABSTIME])
+def test_a_timers_notes_are_the_systems(abi, unit, absolute):
+    units, systems_absolute = TIMERS[abi.system]
+    systems = (units[unit], systems_absolute if absolute else 0)
+
+    def packed():
+        # A bit that is no note goes through.
+        return abi.kevent.from_buffer_copy(abi.pack(1, EVFILT.TIMER, EV.ADD, unit | absolute | 0x800, 5, 0))
+
+    if None in systems:
+        with pytest.raises(ValueError, match="DragonFly's timers count milliseconds"):
+            packed()
+    else:
+        assert packed().fflags == sum(systems) | 0x800
 
 
 @ABIS
@@ -100,6 +129,28 @@ def test_a_repr_names_the_constants():
     event = Kevent(5, EVFILT.VNODE, EV.ADD | EV.CLEAR, NoteVnode.WRITE | NoteVnode.RENAME, -1, 0xBEEF)
     names = "filter=EVFILT.VNODE, flags=EV.ADD|CLEAR, fflags=NoteVnode.WRITE|RENAME"
     assert repr(event) == f"Kevent(ident=5, {names}, data=-1, udata=0xbeef)"
+
+
+@pytest.mark.parametrize(
+    ("filter", "flags", "fflags", "shown"),
+    [
+        (EVFILT.READ, 0x1000, 0x10, "flags=0x1000, fflags=0x10"),
+        (EVFILT.READ, EV.ADD | 0x1000, 0, "flags=EV.ADD|0x1000, fflags=0x0"),
+        (EVFILT.USER, 0, NoteUser.COPY | NoteUser.TRIGGER, "fflags=NoteUser.COPY|TRIGGER"),
+        (EVFILT.USER, 0, NoteUser.OR | 0xAB, "fflags=NoteUser.OR|0xab"),
+        (EVFILT.TIMER, 0, NoteTimer.NSECONDS | NoteTimer.ABSTIME, "fflags=NoteTimer.NSECONDS|ABSTIME"),
+        (EVFILT.SIGNAL, 0, 5, "fflags=0x5"),
+    ],
+)
+def test_a_repr_shows_bits_without_a_name_as_a_number(filter, flags, fflags, shown):
+    assert f"{shown}, data=" in repr(Kevent(1, filter, flags, fflags))
+
+
+@pytest.mark.parametrize("kind", [EV, *dict.fromkeys(NOTES.values())])
+@given(value=st.integers(0, 2**32 - 1))
+def test_what_a_repr_shows_is_all_of_the_bits(kind, value):
+    parts = _abi._flags(kind, value).removeprefix(f"{kind.__name__}.").split("|")
+    assert sum(int(part, 16) if part.startswith("0x") else kind[part] for part in parts) == value
 
 
 def test_kqueue_tickle_is_the_number_in_the_design():

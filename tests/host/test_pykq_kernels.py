@@ -1,10 +1,12 @@
 """Choosing and loading a kernel, and what is said where there is none."""
 
 import ctypes
+import ctypes.util
 import errno
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,15 @@ import pytest
 import pykq
 from pykq import _kernel
 
-NO_NETBSD = pytest.mark.skipif(sys.platform.startswith("netbsd"), reason="this is NetBSD")
+NO_KQUEUE = pytest.mark.skipif(
+    hasattr(select, "kqueue") or ctypes.util.find_library("kqueue") is not None,
+    reason="this host has a kqueue",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_choice(monkeypatch):
+    monkeypatch.delenv("PYKQ_KERNEL", raising=False)
 
 
 def python(*args, **environment):
@@ -32,14 +42,14 @@ def test_the_import_loads_no_library():
     assert done.returncode == 0, done.stderr
 
 
-@NO_NETBSD
+@NO_KQUEUE
 def test_elsewhere_opening_says_in_one_line_what_to_do():
     with pytest.raises(pykq.KernelUnavailable, match="run NetBSD, or its kernel as a library") as caught:
         pykq.Kqueue()
     assert "\n" not in str(caught.value)
 
 
-@NO_NETBSD
+@NO_KQUEUE
 @pytest.mark.parametrize("module", ["pykq", "pykq.demo"])
 def test_elsewhere_the_programs_say_so_too(module):
     done = python("-m", module)
@@ -49,7 +59,7 @@ def test_elsewhere_the_programs_say_so_too(module):
     assert done.stderr.count("\n") == 1
 
 
-@NO_NETBSD
+@NO_KQUEUE
 def test_elsewhere_the_json_says_why():
     done = python("-m", "pykq", "--json")
     assert done.returncode == 1
@@ -58,7 +68,7 @@ def test_elsewhere_the_json_says_why():
     assert "run NetBSD" in facts["error"]
 
 
-@NO_NETBSD
+@NO_KQUEUE
 def test_elsewhere_a_descriptor_cannot_be_tickled():
     with pytest.raises(pykq.KernelUnavailable):
         pykq.tickle(0)
@@ -174,6 +184,39 @@ except pykq.KernelUnavailable as error:
     assert_matches("one rump kernel a process: .*/one runs, .*/two cannot\n", done.stdout)
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_rump_kernel_can_be_loaded_with_stdout_closed(tmp_path):
+    compile_library(tmp_path / "librumpuser.so", "int nothing;")
+    compile_library(tmp_path / "librump.so", f"{RUMP} {CALLS} int rump_init(void) {{ return 0; }}")
+    program = "import os, sys, pykq; os.close(1); pykq.load_kernel(sys.argv[1]); sys.stdout = None"
+    done = python("-c", program, str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_fork_waits_until_another_thread_has_loaded_its_kernel():
+    """Else the child would have a lock that nobody will ever release."""
+    program = """
+import os, signal, threading, time, pykq
+from pykq import _kernel
+
+class Slow:
+    def __init__(self):
+        loading.set()
+        time.sleep(0.3)
+
+_kernel.RunningSystem = Slow
+loading = threading.Event()
+threading.Thread(target=pykq.load_kernel).start()
+loading.wait()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    os._exit(type(pykq.load_kernel()) is not Slow)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), len(_kernel._loaded))
+"""
+    assert python("-c", program).stdout == "0 1\n"
+
+
 def compile_library(path, code):
     subprocess.run(
         ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(path)], input=code, text=True, check=True
@@ -203,7 +246,7 @@ def test_netbsds_errno_becomes_the_hosts(netbsd, host):
     assert str(error).endswith(f"kevent: {os.strerror(host)}")
 
 
-@NO_NETBSD
+@pytest.mark.skipif(hasattr(errno, "EFTYPE"), reason="this host has EFTYPE")
 def test_an_errno_that_the_host_lacks_keeps_its_name():
     ctypes.set_errno(79)
     error = _kernel.RumpKernel.error(object.__new__(_kernel.RumpKernel), "kevent")

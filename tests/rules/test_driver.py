@@ -20,7 +20,7 @@ import time
 import pytest
 
 import pykq
-from pykq import EV, EVFILT, Kevent, Mechanism, NoteUser
+from pykq import EV, EVFILT, Kevent, Mechanism, NoteUser, aio
 
 SHORT_S = 0.2
 LONG_S = 30.0
@@ -148,9 +148,7 @@ def test_on_tickle_has_to_be_callable(kernel):
 
 @pytest.mark.stress
 @pytest.mark.parametrize("consumers", [1, 3])
-def test_work_that_is_announced_by_a_tickle_is_never_left_lying(
-    kernel, kq, pipe, watchdog, consumers
-):
+def test_work_that_is_announced_by_a_tickle_is_never_left_lying(kernel, kq, pipe, watchdog, consumers):
     """Two threads put work into a queue and tickle; a third makes events, which consume tickles. Whoever
     returns
     from a wait, for whatever reason, takes all the work there is. A tickle lost would leave some.
@@ -241,6 +239,17 @@ def test_what_a_handler_raises_ends_the_wait(kq, pipe, once_asleep):
     assert kq.kevent([Kevent(pipe[0])]), "and the kqueue works on"
 
 
+def test_what_a_handler_raises_ends_the_main_threads_wait_although_others_wait(kq, waiter, once_asleep):
+    """In a rump kernel a tickle has to bring it back, which the others may take."""
+    others = [waiter(kq.kevent) for _ in range(3)]
+    waiter.all_asleep(others)
+    once_asleep(lambda: signal_the_main_thread(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        kq.kevent()
+    kq.close()
+    assert all(isinstance(one.outcome(), (pykq.Tickled, ValueError)) for one in others)
+
+
 def test_a_handler_may_tickle(kq, once_asleep):
     before = signal.signal(signal.SIGUSR1, lambda number, frame: kq.tickle())
     try:
@@ -296,29 +305,94 @@ def test_using_a_closed_kqueue_is_a_value_error(kernel):
     assert "closed" in repr(kq)
 
 
-def test_closing_ends_the_waits_of_other_threads(kernel, waiter):
-    kq = pykq.Kqueue(kernel)
-    # With a timeout because before NetBSD 10 a kernel's close waits for the waits to end.
-    asleep = [waiter(kq.kevent, timeout=2.0) for _ in range(3)]
+@pytest.mark.parametrize("threads", [1, 4])
+def test_closing_ends_the_waits_of_other_threads(kernel, mechanism, waiter, threads):
+    kq = pykq.Kqueue(kernel, mechanism=mechanism)
+    asleep = [waiter(kq.kevent) for _ in range(threads)]
     waiter.all_asleep(asleep)
     kq.close()
-    for one in asleep:
-        outcome = one.outcome()
-        assert outcome == [] or isinstance(outcome, ValueError)
+    assert [type(one.outcome()) for one in asleep] == [ValueError] * threads
 
 
-def test_a_forgotten_kqueue_is_closed(kernel):
-    number = pykq.Kqueue(kernel).ident
+@pytest.mark.parametrize("pause_s", [0, 0.0002, 0.002])
+def test_closing_ends_waits_that_are_about_to_begin(kernel, mechanism, waiter, pause_s):
+    """The kernel's own close would wait for ever for a thread that goes to sleep while it is under way."""
+
+    def wait_again_and_again():
+        while True:
+            with contextlib.suppress(pykq.Tickled):
+                kq.kevent()
+
+    for _ in range(20):
+        kq = pykq.Kqueue(kernel, mechanism=mechanism)
+        waiting = [waiter(wait_again_and_again) for _ in range(4)]
+        time.sleep(pause_s)
+        closing = waiter(kq.close)
+        assert closing.outcome() is None
+        assert closing.took_s < pykq._kqueue._CLOSE_S
+        assert [type(one.outcome()) for one in waiting] == [ValueError] * 4
+
+
+def test_a_signal_handler_may_close(kernel, mechanism, once_asleep, watchdog):
+    kq = pykq.Kqueue(kernel, mechanism=mechanism)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: kq.close())
+    try:
+        once_asleep(signal_the_main_thread)
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="closed kqueue"):
+            kq.kevent()
+        assert time.monotonic() - start < pykq._kqueue._CLOSE_S
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_on_tickle_may_close(kernel, mechanism, watchdog):
+    kq = pykq.Kqueue(kernel, mechanism=mechanism, on_tickle=lambda: kq.close())
+    kq.tickle()
+    start = time.monotonic()
+    assert kq.kevent() == []
+    assert kq.closed and time.monotonic() - start < pykq._kqueue._CLOSE_S
+
+
+@pytest.fixture
+def closed(kernel, monkeypatch):
+    """The descriptors that the kernel was told to close."""
+    closed, close = [], kernel.close
+    monkeypatch.setattr(kernel, "close", lambda fd: (closed.append(fd), close(fd)))
+    return closed
+
+
+def test_a_forgotten_kqueue_is_closed(kernel, mechanism, closed):
+    number = pykq.Kqueue(kernel, mechanism=mechanism).ident
     gc.collect()
-    with pykq.Kqueue(kernel) as kq:
-        assert kq.ident == number
+    assert closed.count(number) == 1
 
 
-def test_a_kqueue_can_be_taken_over_by_its_descriptor(kernel, pipe):
-    with pykq.Kqueue.from_fd(kernel.kqueue(), kernel) as kq:
+def test_what_interrupts_the_making_of_a_kqueue_closes_it_once(kernel, mechanism, closed, monkeypatch):
+    """As Ctrl-C would when the object has just come to own the descriptor. Closed twice, it could be
+    another's by then."""
+    own = pykq.Kqueue._own
+
+    def interrupted(self, fd):
+        own(self, fd)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pykq.Kqueue, "_own", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pykq.Kqueue(kernel, mechanism=mechanism)
+    gc.collect()
+    assert closed and sorted(closed) == sorted(set(closed))
+
+
+def test_a_kqueue_can_be_taken_over_by_its_descriptor(kernel, mechanism, pipe):
+    with pykq.Kqueue.from_fd(kernel.kqueue(), kernel, mechanism=mechanism) as kq:
         kq.kevent([Kevent(pipe[0])], 0)
         kernel.write(pipe[1], b"x")
         assert len(kq.kevent()) == 1
+        kernel.read(pipe[0], 1)
+        kq.tickle()
+        with pytest.raises(pykq.Tickled):
+            kq.kevent(timeout=LONG_S)
 
 
 def test_taking_over_consumes_no_tickle(kernel, raw, tickling):
@@ -359,9 +433,10 @@ def test_a_child_process_is_told_that_it_has_no_kqueue(kernel, kq):
     assert kq.kevent(timeout=0) == [], "the parent's lives on"
 
 
-def test_a_process_can_end_while_a_thread_waits(kernel):
-    thread = "threading.Thread(target=kq.kevent, daemon=True).start()"
-    assert run_python("-c", f"import pykq, threading; kq = pykq.Kqueue(); {thread}").stderr == ""
+def test_a_process_can_end_while_a_thread_waits(kernel, mechanism):
+    program = f"import pykq, threading; kq = pykq.Kqueue(mechanism={mechanism.value!r});"
+    program += "threading.Thread(target=kq.kevent, daemon=True).start()"
+    assert run_python("-c", program).stderr == ""
 
 
 # Arguments.
@@ -391,6 +466,46 @@ def test_an_absurd_number_of_events_is_a_value_error(kq, max_events):
         kq.kevent(max_events=max_events)
 
 
+@pytest.mark.parametrize("ident", [None, "a", 1.5, threading.current_thread()])
+def test_an_ident_that_is_no_number_and_has_no_descriptor_is_a_type_error(ident):
+    with pytest.raises(TypeError, match="fileno"):
+        Kevent(ident)
+
+
+@pytest.mark.parametrize("timeout", [0, None])
+def test_a_buffer_that_is_none_is_a_type_error(kq, timeout):
+    with pytest.raises(TypeError, match="buffer"):
+        kq.kevent(into=[], timeout=timeout)
+
+
+@pytest.mark.parametrize("descriptor", [-1, 1 << 31, 1 << 40])
+def test_tickling_what_can_be_no_descriptor_is_an_os_error(kernel, descriptor):
+    if not kernel.shares_descriptors:
+        pytest.skip(f"not the running system: {kernel.name}")
+    with pytest.raises(OSError, match="tickle: ") as caught:
+        pykq.tickle(descriptor)
+    assert caught.value.errno == errno.EBADF
+
+
+def test_a_filter_that_is_none_is_an_error(kernel, kq):
+    if kernel.abi.system != "NetBSD":
+        with pytest.raises(OSError, match="only NetBSD") as caught:
+            kq.kfilter_byfilter(0)
+        assert caught.value.errno == errno.ENOTTY
+        return
+    assert kq.kfilter_byname(kq.kfilter_byfilter(EVFILT.USER)) == EVFILT.USER
+    for number in (-1, 1 << 32):
+        with pytest.raises(ValueError, match="32 bits"):
+            kq.kfilter_byfilter(number)
+    for number in (99, (1 << 32) - 1):
+        with pytest.raises(FileNotFoundError, match="ioctl"):
+            kq.kfilter_byfilter(number)
+    with pytest.raises(ValueError, match="NUL"):
+        kq.kfilter_byname("EVFILT_READ\0xx")
+    with pytest.raises(OSError, match="ioctl"):
+        kq.kfilter_byname("E" * 300)
+
+
 @pytest.mark.parametrize("changes", [[1], ["a"], [(3, 0, 1, 0, 0, 0)], Kevent(0), [None]])
 def test_a_change_that_is_none_is_a_type_error(kq, changes):
     with pytest.raises(TypeError, match="Kevent"):
@@ -401,6 +516,23 @@ def test_a_change_that_is_none_is_a_type_error(kq, changes):
 def test_a_number_that_does_not_fit_is_a_value_error(kq, field):
     with pytest.raises(ValueError, match="does not fit"):
         kq.kevent([Kevent(0)._replace(**{field: 1 << 64})], 0)
+
+
+@pytest.mark.parametrize("field", Kevent._fields)
+@pytest.mark.parametrize("value", ["x", 1.5, None])
+def test_a_field_that_is_no_number_is_a_type_error(kq, field, value):
+    with pytest.raises(TypeError, match="numbers"):
+        kq.kevent([Kevent(0)._replace(**{field: value})], 0)
+
+
+def test_a_selector_and_a_loop_watch_the_running_system_only(kernel, capfd):
+    if kernel.shares_descriptors:
+        pytest.skip(f"the running system: {kernel.name}")
+    for make in (pykq.TickleSelector, aio.TickleEventLoop):
+        with pytest.raises(ValueError, match="running system"):
+            make(kernel)
+    gc.collect()
+    assert capfd.readouterr().err == "", "nor is there a complaint of asyncio's __del__"
 
 
 def test_changes_may_be_any_iterable_or_none(kq, pipe):
@@ -522,10 +654,20 @@ def test_the_demo_shows_the_wake_up(kernel, mechanism):
     assert done.stderr == ""
 
 
-def test_the_module_says_what_the_kernel_offers(kernel, tickling):
+def test_the_module_says_what_the_kernel_offers(kernel, tickling, monkeypatch):
+    monkeypatch.delenv("PYKQ_MECHANISM", raising=False)
     facts = json.loads(run_python("-m", "pykq", "--json").stdout)
     assert facts["kernel"] == kernel.name
     assert facts["tickle"] == tickling
     assert facts["mechanism"] == kernel.mechanism
     assert facts["filters"]["EVFILT_TIMER"] == kernel.abi.filters.get(EVFILT.TIMER, EVFILT.TIMER)
-    assert kernel.name in run_python("-m", "pykq").stdout
+    text = run_python("-m", "pykq").stdout
+    assert kernel.name in text
+    assert facts["kevent"]["source"] in text
+
+
+def test_the_module_names_the_mechanism_that_the_environment_chooses(kernel, monkeypatch):
+    monkeypatch.setenv("PYKQ_MECHANISM", "pipe")
+    assert json.loads(run_python("-m", "pykq", "--json").stdout)["mechanism"] == "pipe"
+    monkeypatch.setenv("PYKQ_MECHANISM", "telepathy")
+    assert "telepathy" in run_python("-m", "pykq", status=1).stderr
