@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -25,11 +26,13 @@ _RUNS = {
     "regress": ("regress/regress.json", "invoke regress"),
 }
 
-# What the tickle's cost is to be, as a multiple of another's in the same round.
+# What the tickle's figure is to be at most, as a multiple of another's in the same round: what is compared,
+# the tickle's figure, and the other's.  A rival of "" is the best there is.
 _BARS = (
-    ("cost for the sender, of EVFILT_USER's", "awake_ns", "EVFILT_USER", 0.3),
-    ("cost for the sender, of a pipe's", "awake_ns", "pipe", 0.45),
-    ("cost for the sender, of an empty ioctl's (FIOCLEX)", "awake_ns", "fioclex_ns", 1.15),
+    ("send, awake, of EVFILT_USER's, awake", "awake_ns", "EVFILT_USER", 0.3),
+    ("send, awake, of a pipe's, awake", "awake_ns", "pipe", 0.45),
+    ("send, awake, of FIOCLEX's, one by one like it", "awake_ns", "fioclex_awake_ns", 1.15),
+    ("send, pending, of FIOCLEX's, in a row like it", "pending_ns", "fioclex_ns", 1.15),
     ("round trip, median, of the best rival's", "p50", "", 0.7),
     ("round trip, 99th percentile, of the best rival's", "p99", "", 1.0),
 )
@@ -69,7 +72,8 @@ def text(results: dict[str, Any]) -> str:
         rivals=_rivals(guests),
         python=_python(guests),
         busy=_busy(runs),
-        tickles=_patched(runs)[0]["c"]["returns_for_a_tickle"]["tickles"],
+        tickles=_same(run["c"]["returns_for_a_tickle"]["tickles"] for run in _patched(runs)),
+        abi=_same(run["c"]["abi"] for run in runs),
         weak=_weak(_patched(runs)),
         **_model(),
         stress=_stress(results["stress"]),
@@ -85,23 +89,28 @@ def _bars(guests: list[dict[str, Any]]) -> str:
         _row("", "at most", *(_cpus(run) for run in patched)),
         _row(*["---"] * (2 + len(patched))),
     ]
+    missed = []
     for title, figure, rival, bar in _BARS:
         ratios = [_ratio(run["c"], figure, rival) for run in patched]
-        cells = [f"{one:.2f}{'' if one <= bar else ' (missed)'}" for one in ratios]
+        cells = [f"{one:.3f}{'' if one <= bar else ' **missed**'}" for one in ratios]
         lines.append(_row(title, f"{bar:g}", *cells))
+        for run, one in zip(patched, ratios, strict=True):
+            if one > bar:
+                missed.append(f"{title}: {one:.3f} instead of {bar:g} ({_cpus(run)})")
+    lines += ["", f"Missed: {'; '.join(missed) or 'none'}."]
     return "\n".join(lines).strip()
 
 
 def _ratio(measured: dict[str, Any], figure: str, rival: str) -> float:
-    """Return the tickle's figure over the rival's, or over the best rival's."""
+    """Return the tickle's figure over the rival's, the floor's, or the best rival's."""
     ways = measured["ways"]
-    if figure == "awake_ns":
-        mine = ways[_TICKLE]["pending_ns" if rival.endswith("_ns") else figure]
-        theirs = measured["floor"][rival] if rival.endswith("_ns") else ways[rival][figure]
-    else:
+    if rival == "":
         mine = ways[_TICKLE]["round_trip_ns"][figure]
         rivals = [way["round_trip_ns"][figure] for name, way in ways.items() if name != _TICKLE]
         theirs = min(rivals, key=statistics.median)
+    else:
+        mine = ways[_TICKLE][figure]
+        theirs = measured["floor"][rival] if rival in measured["floor"] else ways[rival][figure]
     return float(statistics.median(one / other for one, other in zip(mine, theirs, strict=True)))
 
 
@@ -112,15 +121,17 @@ def _rivals(guests: list[dict[str, Any]]) -> str:
         lines += [
             f"**{run['variant']} kernel, {_cpus(run)}** "
             f"(an empty system call, getppid: {rivals.figure(run['c']['floor']['getppid_ns'], 1)} ns; "
-            f"FIOCLEX on the kqueue: {rivals.figure(run['c']['floor']['fioclex_ns'], 1)} ns)\n",
-            _row("", "awake, ns", "pending, ns", "asleep, ns", "round trip p50, µs", "p99, µs", "p99.9, µs",
-                 "calls", "descriptors", "lost"),
-            _row("---", *["---:"] * 9),
+            f"FIOCLEX on the kqueue: {rivals.figure(run['c']['floor']['fioclex_ns'], 1)} ns in a row, "
+            f"{rivals.figure(run['c']['floor']['fioclex_awake_ns'], 1)} ns one by one)\n",
+            _row("", "awake, ns", "pending, ns", "asleep, ns", "one way p50, µs", "round trip p50, µs",
+                 "p99, µs", "p99.9, µs", "calls", "descriptors", "lost"),
+            _row("---", *["---:"] * 10),
         ]
         for name, way in run["c"]["ways"].items():
             costs = [rivals.figure(way[key], 1) for key in ("awake_ns", "pending_ns", "asleep_ns")]
-            times = [rivals.figure(way["round_trip_ns"][key], 1e3) for key in ("p50", "p99", "p999")]
-            lines.append(_row(name, *costs, *times, way["calls"], way["descriptors"], way["lost"]))
+            lines.append(
+                _row(name, *costs, *rivals.delays(way), way["calls"], way["descriptors"], way["lost"])
+            )
         lines.append("")
     return "\n".join(lines).strip()
 
@@ -131,32 +142,28 @@ def _python(guests: list[dict[str, Any]]) -> str:
     for run in guests:
         lines += [
             f"**{run['variant']} kernel, {_cpus(run)}**\n",
-            _row("", "send", "wake-up p50", "p99"),
-            _row("---", "---:", "---:", "---:"),
+            _row("", *rivals.PYTHON),
+            _row("---", *["---:"] * len(rivals.PYTHON)),
         ]
         for name, way in run["python"]["results"].items():
-            keys = ("send_s", "wake_p50_s", "wake_p99_s")
-            lines.append(_row(name, *(f"{1e6 * way[key]:.1f}" if way.get(key) else "" for key in keys)))
+            lines.append(_row(name, *rivals.python_cells(way)))
         lines.append("")
     return "\n".join(lines).strip()
 
 
 def _busy(runs: list[dict[str, Any]]) -> str:
     """Answer the objection of 2007."""
-    lines = [
-        _row("", *(f"{run['variant']}, {_where(run)}" for run in runs)),
-        _row("---", *["---:"] * len(runs)),
-    ]
-    names = dict.fromkeys(name for run in runs for name in run["c"]["ways"])
-    for name in names:
-        cells = []
-        for run in runs:
-            way = run["c"]["ways"].get(name)
-            behind = way["behind_ns"] if way else None
-            cells.append(
-                f"{rivals.figure(behind['p50'], 1e3)}; {rivals.figure(behind['p99'], 1e3)}" if behind else ""
-            )
-        lines.append(_row(name, *cells))
+    lines = []
+    for run in runs:
+        lines += [
+            f"**{run['variant']} kernel, {_where(run)}**\n",
+            _row("", "note p50", "p99", "own event p50", "p99"),
+            _row("---", *["---:"] * 4),
+        ]
+        for name, way in run["c"]["ways"].items():
+            cells = [rivals.behind(way, what, one) for what in ("note", "event") for one in ("p50", "p99")]
+            lines.append(_row(name, *(cell or "none" for cell in cells)))
+        lines.append("")
     return "\n".join(lines).strip()
 
 
@@ -185,15 +192,21 @@ def _stress(stress: dict[str, Any]) -> str:
         if "failed" in one:
             came = f"**failed: {one['failed']}**"
         elif one["program"] == "races":
-            came = f"{one['tickles']:,} tickles, {one['rounds']:,} answered one by one, none lost"
+            came = f"{one['tickles']:,} tickles, none lost, {one['rounds']:,} accounted for one by one"
+            also = {"timeouts_raced": "timeouts raced", "signals": "signals", "forks": "forks",
+                    "waits_closed": "waits ended by close"}
+            came += "".join(f"; {one[key]:,} {words}" for key, words in also.items() if one.get(key))
         elif one["program"] == "fuzz":
-            came = f"{one['inputs']:,} inputs, no panic, no call hung, {one['leaked']} objects kept"
+            pools = {"file": "files", one["pool_of_kqueues"]: f"{one['pool_of_kqueues']} (kqueues)"}
+            kept = ", ".join(f"{words} {one['kept'][name]:+}" for name, words in pools.items())
+            came = f"{one['inputs']:,} inputs, no panic, no call hung; objects out at the end: {kept}"
         elif one["program"] == "libFuzzer":
-            came = f"{one['inputs']:,} inputs, {one['edges_covered']} edges of kern_event.c, nothing found"
+            came = f"{one['inputs']:,} inputs, {one['edges_covered']} edges covered, nothing found"
         else:
             came = f"{one['tests'] - one['skipped']} passed, {one['skipped']} skipped"
-        where = " ".join(str(one[key]) for key in ("where", "variant") if key in one)
-        lines.append(_row(where, one.get("cpus", ""), one.get("program", ""), came, one["seconds"]))
+        where = " ".join(str(one[key]) for key in ("where", "netbsd", "accelerator", "variant") if key in one)
+        what = one.get("program", one.get("what", ""))
+        lines.append(_row(where, one.get("cpus", ""), what, came, one["seconds"]))
     return "\n".join(lines).strip()
 
 
@@ -210,7 +223,7 @@ def _regress(found: dict[str, Any]) -> str:
         ),
         "",
         f"Differences: {len(differences) or 'none'}.",
-        *(f"* {suite}, {test}: stock {stock}, patched {new}" for suite, test, stock, new in differences),
+        *(f"* {regress.told(one)}" for one in differences),
         *(
             f"* {suite}, {test}: {outcome}, on both kernels"
             for suite, tests in outcomes["patched"].items()
@@ -236,6 +249,11 @@ def _machine(results: dict[str, Any]) -> str:
     kernels = dict.fromkeys(f"NetBSD {run['netbsd']}, {_where(run)}" for run in results["bench"]["runs"])
     lines.append(f"* Kernels: {'; '.join(kernels)}.")
     return "\n".join(lines).strip()
+
+
+def _same(values: Iterable[object]) -> str:
+    """Return what all runs have; where they differ, each."""
+    return ", ".join(str(value) for value in dict.fromkeys(values))
 
 
 def _guests(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from . import guest, qemu
 from .build import VARIANTS, build_kernels
 from .cache import read_json
 from .config import Settings
-from .log import show, step
+from .log import Failure, show, step
 from .programs import build_for_guest, build_for_rump
 from .release import Release, resolve
 from .rump import build_rump, rump_folder, run_module
@@ -28,6 +28,9 @@ from .run import uninterrupted
 _GUESTS = (("stock", 2), ("patched", 1), ("patched", 2), ("patched", 4))
 
 _ROUNDS = 5
+
+# The longest that rivals.c takes, on one emulated processor, is some minutes.
+_WITHIN_S = 900
 
 
 def measure(settings: Settings, *, name: str, full: bool) -> dict[str, Any]:
@@ -112,7 +115,8 @@ def _in_guest(settings: Settings, machine: qemu.Machine) -> dict[str, Any]:
     with guest.connect(machine) as connection, guest.installed(connection, programs) as folder:
         cpus = int(connection.run("sysctl -n hw.ncpu", hide=True).stdout)
         with step(f"rivals in the {machine.variant} guest, {cpus} CPUs"):
-            measured = connection.run(f"{folder}/programs/rivals -r {_ROUNDS}", hide=True).stdout
+            command = f"{folder}/programs/rivals -r {_ROUNDS}"
+            measured = connection.run(command, hide=True, timeout=_WITHIN_S).stdout
     return {
         "where": f"guest ({machine.accelerator})",
         "variant": machine.variant,
@@ -128,7 +132,13 @@ def _on_rump(settings: Settings, variant: str) -> dict[str, Any]:
     build_rump(settings, [variant])
     rivals = build_for_rump(settings, variant) / "rivals"
     with step(f"rivals on the {variant} rump kernel"):
-        done = subprocess.run([rivals, "-r", str(_ROUNDS)], stdout=subprocess.PIPE, text=True, check=True)
+        command = [str(rivals), "-r", str(_ROUNDS)]
+        try:
+            measured = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, check=True, timeout=_WITHIN_S
+            ).stdout
+        except subprocess.SubprocessError as error:
+            raise Failure(f"on the {variant} rump kernel: {error}") from error
     manifest = read_json(rump_folder(settings, variant) / "manifest.json")
     python = None
     if variant == "patched":
@@ -138,7 +148,7 @@ def _on_rump(settings: Settings, variant: str) -> dict[str, Any]:
         "variant": variant,
         "netbsd": manifest["netbsd"],
         "cpus": os.cpu_count(),
-        "c": json.loads(done.stdout),
+        "c": json.loads(measured),
         "python": python,
     }
 
@@ -146,24 +156,60 @@ def _on_rump(settings: Settings, variant: str) -> dict[str, Any]:
 def _show_c(run: dict[str, Any]) -> None:
     """Print what rivals.c measured: medians of the rounds, with their spread."""
     costs = Table("send, ns", "awake", "pending", "asleep", "M/s, 1 sender", "8", title=title(run), box=None)
-    times = Table("round trip, us", "p50", "p99", "p99.9", "behind events", box=None)
+    times = Table("us", "one way p50", "round trip p50", "p99", "p99.9", "note", "own event", box=None)
     for name, way in run["c"]["ways"].items():
         cells = [figure(way[key], 1) for key in ("awake_ns", "pending_ns", "asleep_ns")]
         costs.add_row(name, *cells, *(figure(way[f"per_second_{senders}"], 1e6) for senders in (1, 8)))
-        cells = [figure(way["round_trip_ns"][key], 1e3) for key in ("p50", "p99", "p999")]
-        times.add_row(name, *cells, figure(way["behind_ns"]["p50"], 1e3))
-    for name in ("fioclex_ns", "getppid_ns"):
-        costs.add_row(name.removesuffix("_ns"), figure(run["c"]["floor"][name], 1))
+        times.add_row(name, *delays(way), behind(way, "note", "p50"), behind(way, "event", "p50"))
+    for name, key in (("FIOCLEX", "fioclex"), ("getppid", "getppid")):
+        floor = run["c"]["floor"]
+        awake = figure(floor[f"{key}_awake_ns"], 1) if f"{key}_awake_ns" in floor else ""
+        costs.add_row(name, awake, figure(floor[f"{key}_ns"], 1))
     show(costs)
     show(times)
 
 
+def delays(way: dict[str, Any]) -> list[str]:
+    """Give one way's latency and its round trips' percentiles, in us; p99.9 is of all rounds together."""
+    trips = way["round_trip_ns"]
+    cells = [figure(way["latency_ns"]["p50"], 1e3), figure(trips["p50"], 1e3)]
+    cells.append(figure(trips["p99"], 1e3) if "p99" in trips else "")
+    cells.append(figure([trips["all"]["p999"]], 1e3) if "p999" in trips["all"] else "")
+    return cells
+
+
+def behind(way: dict[str, Any], what: str, percentile: str) -> str:
+    """Give the delay behind a stream of events until the note or the way's own event was seen, in us."""
+    times = way.get(f"behind_{what}_ns", {})
+    return figure(times[percentile], 1e3) if percentile in times else ""
+
+
+# What pykq.bench measured of a way to wake: the columns and the keys.
+PYTHON = {
+    "awake": "send",
+    "pending": "pending",
+    "asleep": "asleep",
+    "wake-up p50": "wake_p50",
+    "p99": "wake_p99",
+    "p99.9": "wake_p999",
+}
+
+
+def python_cells(numbers: dict[str, float]) -> list[str]:
+    """Give the columns of PYTHON in microseconds, with the spread of the rounds where there is one."""
+    cells = []
+    for key in PYTHON.values():
+        middle, around = numbers.get(f"{key}_s"), numbers.get(f"{key}_spread_s")
+        cell = "" if middle is None else f"{1e6 * middle:.1f}"
+        cells.append(cell if around is None else f"{cell} ±{1e6 * around:.1f}")
+    return cells
+
+
 def _show_python(measured: dict[str, Any]) -> None:
     """Print what pykq.bench measured, in microseconds."""
-    table = Table("Python, us", "send", "wake p50", "wake p99", box=None)
+    table = Table("Python, us", *PYTHON, box=None)
     for way, numbers in measured["results"].items():
-        keys = ("send_s", "wake_p50_s", "wake_p99_s")
-        table.add_row(way, *(f"{1e6 * numbers[key]:.1f}" if key in numbers else "" for key in keys))
+        table.add_row(way, *python_cells(numbers))
     show(table)
     table = Table("Python, us: pykq", "other", "ratio", "pykq : other", box=None)
     for pair, numbers in measured["driver"].items():
@@ -173,7 +219,9 @@ def _show_python(measured: dict[str, Any]) -> None:
 
 
 def figure(values: Sequence[float], unit: float) -> str:
-    """Format a median and its spread; precise enough for three figures."""
+    """Format a median and, of several values, its spread; precise enough for three figures."""
     middle = statistics.median(values) / unit
     digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
+    if len(values) == 1:
+        return f"{middle:.{digits}f}"
     return f"{middle:.{digits}f} ±{spread(values) / unit:.{digits}f}"

@@ -6,20 +6,20 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import guest, qemu
 from .build import VARIANTS, build_kernels
-from .cache import write_whole
+from .cache import read_json, write_whole
 from .config import Settings
 from .log import Failure, TestsFailed, report, say, step
 from .programs import build_for_guest, build_for_rump
 from .release import resolve
 from .rivals import compact, this_machine
-from .rump import build_rump
+from .rump import build_rump, rump_folder
 from .run import uninterrupted
 
 CPUS = (1, 2, 4)
@@ -30,16 +30,20 @@ CORPUS = guest.ROOT / "tests" / "c" / "corpus"
 _SLOWEST_ROUND_S = 0.01
 _PATIENCE_S = 600
 
-# Objects that the kernel's pools may have handed out for an input of the fuzzer, and not got back.
+# What one of the kernel's pools may have handed out for an input of the fuzzer, and not got back, or as
+# many as its caches hold: two groups of at most 63 a processor, and those behind them.
 _LEAK = 0.01
+_CACHED = 1000
 
 
 def run(settings: Settings, *, rounds: int, minutes: float) -> Path:
     """Run it all, one after the other; return the JSON file in the cache that says what ran.
 
-    rounds is how many tickles are sent and answered in the guests, over all of them; a
-    rump kernel gets as many, a kernel with LOCKDEBUG a tenth.  minutes is how
-    long each fuzzer runs.  Raises TestsFailed when anything was found, at the end.
+    rounds is how many tickles are accounted for in the guests, over all of them
+    (races.c); a rump kernel gets half as many, a kernel with LOCKDEBUG a
+    twentieth, as it is slow.
+    minutes is how long each fuzzer runs.  The file is written after each
+    attempt.  Raises TestsFailed when anything was found, at the end.
     """
     settings = resolve(settings)
     debug = replace(settings, kernel_config=DEBUG)
@@ -48,6 +52,8 @@ def run(settings: Settings, *, rounds: int, minutes: float) -> Path:
     build_kernels(debug, ["patched"])
     build_rump(settings)
     build_rump(settings, ["patched"], sanitize=True)
+    path = settings.cache / "stress" / "stress.json"
+    machine = this_machine()
     ran: list[dict[str, Any]] = []
     failures: list[Failure] = []
 
@@ -58,33 +64,51 @@ def run(settings: Settings, *, rounds: int, minutes: float) -> Path:
         except Failure as failure:
             report(failure)
             failures.append(failure)
-            ran.append({"failed": str(failure)})
+            ran.append({"what": described(body, arguments), "failed": str(failure)})
         ran[-1]["seconds"] = round(time.monotonic() - began, 1)
+        write_whole(path, compact({"machine": machine, "ran": ran}))
 
-    attempt(_races_on_rump, settings, rounds)
+    attempt(_races_on_rump, settings, rounds // 2)
     attempt(_fuzz_rump, settings, minutes)
     for variant in VARIANTS:
         for cpus in CPUS:
             attempt(_rules, settings, variant, cpus, programs)
     for cpus in CPUS:
         attempt(_in_guest, settings, cpus, programs, f"races -n {rounds // len(CPUS)}", rounds)
-    attempt(_in_guest, debug, 4, programs, f"races -n {rounds // 10}", rounds)
+    attempt(_in_guest, debug, 4, programs, f"races -n {rounds // 20}", rounds)
     attempt(_in_guest, debug, 4, programs, f"fuzz -t {minutes * 60:.0f}", 0)
-    path = settings.cache / "stress" / "stress.json"
-    write_whole(path, compact({"machine": this_machine(), "ran": ran}))
     for one in ran:
-        say(", ".join(str(value) for value in one.values()))
+        say(", ".join(f"{key} {value}" for key, value in one.items()))
     say(f"numbers: {path}")
     if failures:
         raise failures[0]
     return path
 
 
+def described(body: Callable[..., object], arguments: Sequence[object]) -> str:
+    """Name an attempt that failed: what and where."""
+    words = [word for word in arguments if isinstance(word, str | int) and not isinstance(word, bool)]
+    return " ".join([body.__name__.strip("_").replace("_", " "), *map(str, words)])
+
+
 def _races_on_rump(settings: Settings, rounds: int) -> dict[str, Any]:
     """Run races.c on the patched rump kernel."""
     with step("races on the patched rump kernel"):
         done = _run([str(build_for_rump(settings, "patched") / "races"), "-n", str(rounds)])
-    return {"where": "rump kernel", "cpus": os.cpu_count(), "program": "races", **_numbers(done)}
+    netbsd = _netbsd_of_rump(settings)
+    return {
+        "where": "rump kernel",
+        "netbsd": netbsd,
+        "cpus": os.cpu_count(),
+        "program": "races",
+        **numbers(done),
+    }
+
+
+def _netbsd_of_rump(settings: Settings, *, sanitize: bool = False) -> str:
+    """Return the version of the source of the patched rump kernel."""
+    manifest = read_json(rump_folder(settings, "patched", sanitize=sanitize) / "manifest.json")
+    return str(manifest["netbsd"])
 
 
 def _fuzz_rump(settings: Settings, minutes: float) -> dict[str, Any]:
@@ -93,6 +117,7 @@ def _fuzz_rump(settings: Settings, minutes: float) -> dict[str, Any]:
     found = settings.cache / "stress" / "corpus"
     found.mkdir(parents=True, exist_ok=True)
     command = [str(fuzzer), f"-max_total_time={minutes * 60:.0f}", "-max_len=600", "-print_final_stats=1"]
+    command += ["-len_control=0", "-timeout=60"]  # an input is for three threads: short ones try little
     command += ["-detect_leaks=0"]  # not after each input, that takes a second; at the end it is done
     command += [f"-artifact_prefix={found.parent}/", str(found), str(CORPUS)]
     with step("libFuzzer on the sanitized rump kernel"):
@@ -100,6 +125,7 @@ def _fuzz_rump(settings: Settings, minutes: float) -> dict[str, Any]:
     covered = re.findall(r" cov: (\d+)", text)
     return {
         "where": "sanitized rump kernel",
+        "netbsd": _netbsd_of_rump(settings, sanitize=True),
         "program": "libFuzzer",
         "inputs": int(re.findall(r"number_of_executed_units: (\d+)", text)[-1]),
         "edges_covered": int(covered[-1]) if covered else 0,
@@ -121,7 +147,18 @@ def _rules(settings: Settings, variant: str, cpus: int, programs: Path) -> dict[
     if status:
         raise TestsFailed(f"tests failed in the {variant} guest with {cpus} CPUs", tail=output[-3000:])
     counts = {key: int(re.findall(rf'{key}="(\d+)"', junit.read_text())[0]) for key in ("tests", "skipped")}
-    return {"where": "guest", "variant": variant, "cpus": cpus, "program": "pytest", **counts}
+    return {**_where(settings, machine, cpus), "program": "pytest", **counts}
+
+
+def _where(settings: Settings, machine: qemu.Machine, cpus: int) -> dict[str, Any]:
+    """Say what was tested, for the page."""
+    return {
+        "where": f"guest, {settings.kernel_config}",
+        "netbsd": machine.netbsd,
+        "accelerator": machine.accelerator,
+        "variant": machine.variant,
+        "cpus": cpus,
+    }
 
 
 def _in_guest(
@@ -144,12 +181,11 @@ def _in_guest(
             qemu.down(settings, name)
     if result.exited:
         raise TestsFailed(f"{command} ended with status {result.exited}", tail=result.stdout + result.stderr)
-    numbers = _numbers(result.stdout)
-    if "inputs" in numbers and numbers["leaked"] > _LEAK * numbers["inputs"]:
-        raise TestsFailed(f"{command}: the kernel's pools did not get {numbers['leaked']} objects back")
-    program = command.partition(" ")[0]
-    where = f"guest, {settings.kernel_config}"
-    return {"where": where, "variant": "patched", "cpus": cpus, "program": program, **numbers}
+    found = numbers(result.stdout)
+    kept = leaks(found)
+    if kept:
+        raise TestsFailed(f"{command}: pools of the kernel lack objects: {kept}", tail=result.stdout)
+    return {**_where(settings, machine, cpus), "program": command.partition(" ")[0], **found}
 
 
 def _run(command: list[str], **variables: str) -> str:
@@ -169,22 +205,44 @@ def _run(command: list[str], **variables: str) -> str:
     return done.stdout
 
 
-def _numbers(text: str) -> dict[str, int]:
+def numbers(text: str) -> dict[str, Any]:
     """Read what races.c and fuzz.c print."""
-    numbers = {}
+    found: dict[str, Any] = {}
     patterns = {
         "seed": r"^seed (\d+)",
-        "rounds": r"^(\d+) rounds",
+        "rounds": r"^(\d+) rounds accounted for",
         "tickles": r"(\d+) tickles, none lost",
         "eintr": r"(\d+) waits ended by EINTR",
         "events": r"(\d+) by events",
+        "timeouts_raced": r"(\d+) timeouts raced",
+        "signals": r"(\d+) signals",
+        "forks": r"(\d+) forks",
+        "waits_closed": r"(\d+) waits closed",
         "inputs": r"^(\d+) inputs",
     }
     for name, pattern in patterns.items():
-        found = re.search(pattern, text, re.MULTILINE)
-        if found:
-            numbers[name] = int(found[1])
-    objects = re.search(r"objects out: (\d+) .*, (\d+) at the end", text)
-    if objects:
-        numbers["leaked"] = max(0, int(objects[2]) - int(objects[1]))
-    return numbers
+        match = re.search(pattern, text, re.MULTILINE)
+        if match:
+            found[name] = int(match[1])
+    if abi := re.search(r"^seed \d+, (.*)$", text, re.MULTILINE):
+        found["abi"] = abi[1]
+    if pool := re.search(r"^kqueues come from the pool (\S+)", text, re.MULTILINE):
+        found["pool_of_kqueues"] = pool[1]
+        pools = re.findall(r"^pool (.+): (\d+) objects out after .*, (\d+) at the end", text, re.MULTILINE)
+        found["kept"] = {name: int(after) - int(before) for name, before, after in pools}
+    return found
+
+
+def leaks(found: dict[str, Any]) -> dict[str, int]:
+    """Return the pools that have handed out more than they got back, and how much; raise without numbers.
+
+    Files and the pool that kqueues come from have to be among those looked at.
+    """
+    if "inputs" not in found:
+        return {}
+    kept: dict[str, int] = found.get("kept", {})
+    unknown = {"file", found.get("pool_of_kqueues", "kqueue's")} - set(kept)
+    if unknown:
+        raise TestsFailed(f"fuzz does not tell of the pools {', '.join(sorted(unknown))}")
+    most = max(_CACHED, _LEAK * found["inputs"])
+    return {name: count for name, count in kept.items() if count > most}

@@ -4,8 +4,9 @@
  *
  *	fuzz [-t seconds] [-s seed]
  *
- * makes the bytes up, and says how many objects the kernel's pools had handed
- * out after the first inputs and at the end.  Compiled with -DLIBFUZZER,
+ * makes the bytes up, and says what the kernel's pools had handed out after the
+ * first inputs and at the end: for files, for kqueues, and for all that have
+ * handed out more.  Compiled with -DLIBFUZZER,
  * against a rump kernel, it is a target of libFuzzer instead.
  */
 
@@ -67,7 +68,8 @@ some_kevent(struct input *in)
 	    EV_ADD | EV_DISABLE };
 	struct kevent changes[LISTS], events[LISTS];
 	uint8_t counts = byte(in), wait = byte(in);
-	struct timespec ts = { 0, (wait % 4) * 300000 };
+	/* A kevent that sleeps does it for ticks, in which nothing is tried. */
+	struct timespec ts = { 0, wait % 16 == 15 ? 300000 : 0 };
 	int nchanges = counts % (LISTS + 1);
 	int nevents = counts / 16 % (LISTS + 1);
 	int i, kq = some_fd(in);
@@ -105,6 +107,7 @@ some_ioctl(struct input *in)
 	uint8_t choice = byte(in);
 	unsigned long request = choice < 224 ? usual[choice % 8] : word(in);
 	void *pointer = &argument;
+	uint8_t wild = byte(in);
 
 	memset(&argument, byte(in), sizeof(argument));
 	snprintf(name, sizeof(name), "%s",
@@ -113,12 +116,17 @@ some_ioctl(struct input *in)
 	argument.mapping.len = byte(in);
 	argument.mapping.filter = choice & 32 ? word(in) : byte(in) % 11;
 #ifndef RUMP		/* whose copyin would take the address */
-	if (choice % 32 == 3)
+	if (wild < 16)
 		pointer = (void *)(uintptr_t)word(in);
-	else if (choice % 32 == 4)
+	else if (wild < 32)
 		pointer = (void *)((uintptr_t)word(in) << 32 | word(in));
-	else if (choice % 32 == 5)
+	else if (wild < 48)
 		argument.mapping.name = (void *)(uintptr_t)word(in);
+	else if (wild < 64)
+		argument.mapping.name =
+		    (void *)((uintptr_t)word(in) << 32 | word(in));
+#else
+	(void)wild;
 #endif
 	ioctl(some_fd(in), request, pointer);
 }
@@ -251,6 +259,57 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 #else
 
+#ifndef RUMP
+/* The pool that kqueues come from: that with most to do when many are made. */
+static const char *
+pool_of_kqueues(void)
+{
+	static struct pool_numbers before[POOLS], after[POOLS];
+	static char found[17];
+	size_t count = pools(before), i;
+	uint64_t most = 0, made;
+	int kqs[100], k;
+
+	for (k = 0; k < 100; k++)
+		kqs[k] = kqueue();
+	if (pools(after) != count)
+		count = 0;
+	for (i = 0; i < count; i++) {
+		made = after[i].numbers[POOL_OUT] - before[i].numbers[POOL_OUT];
+		if (strncmp(after[i].name, "kmem", 4) == 0 &&
+		    (int64_t)made > (int64_t)most) {
+			most = made;
+			snprintf(found, sizeof(found), "%.16s", after[i].name);
+		}
+	}
+	for (k = 0; k < 100; k++)
+		close(kqs[k]);
+	return found;
+}
+
+static void
+print_pools(const struct pool_numbers *before, size_t count,
+    const char *of_kqueues)
+{
+	static struct pool_numbers after[POOLS];
+	uint64_t was, is;
+	size_t i;
+
+	printf("kqueues come from the pool %s\n", of_kqueues);
+	if (pools(after) != count)
+		count = 0;
+	for (i = 0; i < count; i++) {
+		was = before[i].numbers[POOL_OUT];
+		is = after[i].numbers[POOL_OUT];
+		if (is > was || strncmp(after[i].name, "file", 16) == 0 ||
+		    strncmp(after[i].name, of_kqueues, 16) == 0)
+			printf("pool %.16s: %" PRIu64 " objects out after %d "
+			    "inputs, %" PRIu64 " at the end\n",
+			    after[i].name, was, WARM_UP, is);
+	}
+}
+#endif
+
 static void
 hangs(int signo)
 {
@@ -268,7 +327,9 @@ main(int argc, char **argv)
 	uint64_t seed = (uint64_t)now() % 1000000000, state;
 	int64_t until = 10;
 #ifndef RUMP
-	uint64_t before = 0;
+	static struct pool_numbers before[POOLS];
+	const char *of_kqueues;
+	size_t pool_count = 0;
 #endif
 	uint8_t data[600];
 	int option, count = 0;
@@ -287,8 +348,11 @@ main(int argc, char **argv)
 		}
 	}
 	setvbuf(stdout, NULL, _IOLBF, 0);
-	printf("seed %" PRIu64 "\n", seed);
 	kernel_start();
+	printf("seed %" PRIu64 ", %s\n", seed, abi());
+#ifndef RUMP
+	of_kqueues = pool_of_kqueues();
+#endif
 	signal(SIGALRM, hangs);
 	until = now() + until * 1000000000;
 	for (; now() < until; count++) {
@@ -299,12 +363,11 @@ main(int argc, char **argv)
 		one_input(data, sizeof(data));
 #ifndef RUMP
 		if (count == WARM_UP)
-			before = pools("", POOL_OUT);
+			pool_count = pools(before);
 #endif
 	}
 #ifndef RUMP
-	printf("objects out: %" PRIu64 " after %d inputs, %" PRIu64
-	    " at the end\n", before, WARM_UP, pools("", POOL_OUT));
+	print_pools(before, pool_count, of_kqueues);
 #endif
 	printf("%d inputs, no call hung\n", count);
 	return 0;

@@ -59,7 +59,10 @@ void	rump_pub_lwproc_releaselwp(void);
 #define	NONBLOCK	0x0004		/* NetBSD's O_NONBLOCK */
 #define	RESTART		(-3)		/* its ERESTART, left to the caller */
 #else
+/* The headers' own under another name: they may be older than the kernel. */
+#define	kevent	header_kevent
 #include <sys/event.h>
+#undef kevent
 #include <sys/filio.h>
 #include <sys/param.h>
 #include <sys/sysctl.h>
@@ -78,6 +81,92 @@ void	rump_pub_lwproc_releaselwp(void);
 #endif
 
 static const struct timespec poll_only;
+
+#ifdef RUMP
+static inline const char *
+abi(void)
+{
+	return sizeof(struct kevent) > 40 ? "__kevent100" : "__kevent50";
+}
+#else
+/*
+ * Kernels from 10.99.7 on make __kevent100 out of each __kevent50, which would
+ * be measured, too: so the programs call the newest that the kernel has.
+ */
+struct kevent {
+	uintptr_t	ident;
+	uint32_t	filter, flags, fflags;
+	int64_t		data;
+	void		*udata;
+	uint64_t	ext[4];
+};
+#undef EV_SET
+#define	EV_SET(event, i, f, fl, ff, d, u)				\
+	(*(event) = (struct kevent){ .ident = (i), .filter = (f),	\
+	    .flags = (fl), .fflags = (ff), .data = (d), .udata = (u) })
+#define	KEVENT100	501	/* sys/kern/syscalls.master */
+#define	OLD_LISTS	32	/* changes or events in a call, at most */
+
+static bool has_kevent100;	/* kernel_start() asks */
+
+/* As libc would do it: syscall(2) takes longer. */
+static inline int
+kevent100(int kq, const struct kevent *changes, size_t nchanges,
+    struct kevent *events, size_t nevents, const struct timespec *ts)
+{
+#ifdef __x86_64__
+	register size_t r10 __asm("r10") = (size_t)events;
+	register size_t r8 __asm("r8") = nevents;
+	register size_t r9 __asm("r9") = (size_t)ts;
+	size_t rdx = nchanges;
+	long result = KEVENT100;
+	bool failed;
+
+	/* The carry flag says that it failed; rdx is a second result. */
+	__asm volatile("syscall" : "+a" (result), "=@ccc" (failed), "+d" (rdx)
+	    : "D" ((long)kq), "S" (changes), "r" (r10), "r" (r8), "r" (r9)
+	    : "rcx", "r11", "memory");
+	if (failed)
+		errno = (int)result;
+	return failed ? -1 : (int)result;
+#else
+	return syscall(KEVENT100, kq, changes, nchanges, events, nevents, ts);
+#endif
+}
+
+static inline int
+some_kevent_of(int kq, const struct kevent *changes, size_t nchanges,
+    struct kevent *events, size_t nevents, const struct timespec *ts)
+{
+	struct header_kevent in[OLD_LISTS], out[OLD_LISTS];
+	int i, n;
+
+	if (has_kevent100)
+		return kevent100(kq, changes, nchanges, events, nevents, ts);
+	if (nchanges > OLD_LISTS || nevents > OLD_LISTS)
+		errx(1, "kevent: more than %d changes or events", OLD_LISTS);
+	memset(in, 0, sizeof(in));
+	for (i = 0; i < (int)nchanges; i++) {
+		in[i].ident = changes[i].ident;
+		in[i].filter = changes[i].filter;
+		in[i].flags = changes[i].flags;
+		in[i].fflags = changes[i].fflags;
+		in[i].data = changes[i].data;
+	}
+	n = header_kevent(kq, in, nchanges, out, nevents, ts);
+	for (i = 0; i < n; i++)
+		EV_SET(&events[i], out[i].ident, out[i].filter, out[i].flags,
+		    out[i].fflags, out[i].data, NULL);
+	return n;
+}
+#define	kevent(...)	some_kevent_of(__VA_ARGS__)
+
+static inline const char *
+abi(void)
+{
+	return has_kevent100 ? "__kevent100" : "that of the headers";
+}
+#endif
 
 /* Nanoseconds on a clock that only goes forward. */
 static inline int64_t
@@ -118,7 +207,7 @@ seeded(uint64_t seed, uint64_t use)
 	    (use + 1) * UINT64_C(0xbf58476d1ce4e5b9);
 }
 
-/* Start the kernel, if it is a library. */
+/* Start the kernel, if it is a library, else see what it has. */
 static inline void
 kernel_start(void)
 {
@@ -132,6 +221,11 @@ kernel_start(void)
 	dup2(out, 1);
 	(close)(out);
 	(close)(null);
+#else
+	signal(SIGSYS, SIG_IGN);
+	has_kevent100 = kevent100(-1, NULL, 0, NULL, 0, NULL) == -1 &&
+	    errno == EBADF;
+	signal(SIGSYS, SIG_DFL);
 #endif
 }
 
@@ -224,23 +318,23 @@ sleeps_in_kevent(long id)
 }
 
 #ifndef RUMP
-/* Of struct pool_sysctl (sys/pool.h), a name and 26 numbers. */
+/* struct pool_sysctl (sys/pool.h): a name and 26 numbers. */
+struct pool_numbers {
+	char		name[16];
+	uint64_t	numbers[26];
+};
+#define	POOLS		2000	/* at most */
 #define	POOL_OUT	5	/* objects handed out, to caches as well */
 #define	POOL_REQUESTS	24	/* answered by a cache; one more: not by it */
 
-/* The sum of one number over the pools whose name begins so; 0: not told. */
-static inline uint64_t
-pools(const char *prefix, int number)
+/* All pools; returns how many there are, 0 when the kernel does not say. */
+static inline size_t
+pools(struct pool_numbers all[POOLS])
 {
-	static struct { char name[16]; uint64_t numbers[26]; } all[2000];
-	size_t size = sizeof(all), i;
-	uint64_t total = 0;
+	size_t size = POOLS * sizeof(*all);
 
 	if (sysctlbyname("kern.pool", all, &size, NULL, 0) == -1)
 		return 0;
-	for (i = 0; i < size / sizeof(all[0]); i++)
-		if (strncmp(all[i].name, prefix, strlen(prefix)) == 0)
-			total += all[i].numbers[number];
-	return total;
+	return size / sizeof(*all);
 }
 #endif

@@ -1,6 +1,7 @@
 /*
  * What it costs to wake a thread that waits in kevent: a tickle and its
- * rivals, in one run, one after the other in each round.
+ * rivals, in one run, one after the other in each round; each round begins with
+ * another one, and a round before the first is not counted.
  *
  *	rivals [-r rounds] [-n wake-ups in a round]
  *
@@ -18,7 +19,8 @@
 #define	STREAM_EVENTS	16	/* taken by one kevent */
 #define	RESCUE_NS	INT64_C(20000000)	/* then: was it too early? */
 #define	SLEEPS		100	/* sends to a thread asleep, in a round */
-#define	SPINS		30	/* sends to one that never sleeps */
+#define	BUSY_SENDS	1000	/* sends to one that never sleeps */
+#define	BUSY_NS		20000	/* at most, between them */
 
 /* A kqueue that a thread waits on, and what its wakers need. */
 struct target {
@@ -33,27 +35,28 @@ enum { AWAKE, PENDING, ASLEEP, COSTS };
 static const char *const costs[COSTS] = {
 	"awake_ns", "pending_ns", "asleep_ns"
 };
-enum { LATENCY, ROUND_TRIP, BEHIND, TIMES };
+enum { LATENCY, ROUND_TRIP, NOTE, OWN_EVENT, TIMES };
 static const char *const times[TIMES] = {
-	"latency_ns", "round_trip_ns", "behind_ns"
+	"latency_ns", "round_trip_ns", "behind_note_ns", "behind_event_ns"
 };
 #define	FLOODS	4	/* with 1, 2, 4 and 8 senders */
+#define	CROWDS	4	/* of 2, 4 and 8 sleepers, and of one beside a poller */
 
 struct way {
 	const char	*name;
 	bool		(*open)(struct target *);	/* false: not there */
-	void		(*send)(struct target *);
+	bool		(*send)(struct target *);	/* false: no room */
 	bool		(*woke)(struct target *, int, const struct kevent *);
 	int		descriptors;	/* that it needs, besides the kqueue */
 	int		calls;		/* of a wake-up, besides kevent */
 	bool		there;
 	struct target	targets[2];
-	double		*cost[COSTS], *per_second[FLOODS];
+	double		*cost[COSTS], *per_second[FLOODS], *received[FLOODS];
 	int64_t		*time[TIMES];
 	long		lost;		/* that only a timeout made good */
 };
 
-static int rounds = 10, wake_ups = 1000;
+static int rounds = 5, wake_ups = 2000;
 
 static void
 must(int result, const char *what)
@@ -71,10 +74,11 @@ tickle_open(struct target *t)
 	return has_tickle();
 }
 
-static void
+static bool
 tickle_send(struct target *t)
 {
 	must(ioctl(t->kq, KQUEUE_TICKLE), "KQUEUE_TICKLE");
+	return true;
 }
 
 static bool
@@ -95,13 +99,14 @@ user_open(struct target *t)
 	return kevent(t->kq, &change, 1, NULL, 0, NULL) == 0;
 }
 
-static void
+static bool
 user_send(struct target *t)
 {
 	struct kevent change;
 
 	EV_SET(&change, 1, EVFILT_USER, 0, NOTE_TRIGGER, 0, 0);
 	must(kevent(t->kq, &change, 1, NULL, 0, NULL), "NOTE_TRIGGER");
+	return true;
 }
 
 static bool
@@ -146,11 +151,11 @@ sockets_open(struct target *t)
 	return true;
 }
 
-/* A full pipe has woken its reader. */
-static void
+/* A full pipe has woken its reader: that is no send. */
+static bool
 byte_send(struct target *t)
 {
-	(void)!write(t->fds[1], "", 1);
+	return write(t->fds[1], "", 1) == 1;
 }
 
 static bool
@@ -202,13 +207,14 @@ kill_woke(struct target *t, int n, const struct kevent *events)
 	return came;
 }
 
-static void
+static bool
 kill_send(struct target *t)
 {
 	int error = pthread_kill(t->thread, SIGUSR1);
 
 	if (error != 0 && error != ESRCH)	/* it may be over by now */
 		errx(1, "pthread_kill: %s", strerror(error));
+	return error == 0;
 }
 
 static struct way ways[] = {
@@ -258,9 +264,13 @@ struct part {
 	struct target	*target, *back;
 	int		count;
 	int64_t volatile sent;
-	int64_t		*latency;
+	int64_t		*latency, *event;
+	long		received;
 	atomic_int	ready, done;
-	atomic_bool	stop;
+	atomic_bool	stop, noted;
+	pthread_mutex_t	lock;		/* for what follows */
+	pthread_cond_t	changed;
+	int		seen;		/* notes, and events where there are */
 };
 
 static void *
@@ -328,31 +338,68 @@ by_size(const void *left, const void *right)
 	return (a > b) - (a < b);
 }
 
+/* The smallest that so many of a thousand are not greater than. */
 static int64_t
-quantile(const int64_t *sorted, int count, double q)
+quantile(const int64_t *sorted, int count, int per_mille)
 {
-	int index = (int)(q * count);
+	int rank = (int)(((int64_t)count * per_mille + 999) / 1000);
 
-	return sorted[index < count ? index : count - 1];
+	return sorted[rank > 0 ? rank - 1 : 0];
 }
 
 static int64_t
 median(int64_t *numbers, int count)
 {
 	qsort(numbers, count, sizeof(*numbers), by_size);
-	return quantile(numbers, count, .5);
+	return quantile(numbers, count, 500);
 }
 
-static int64_t
-clock_cost(void)
+/* One of many calls in a row. */
+static double
+cost_of(bool (*call)(struct target *), struct target *t)
 {
-	int64_t began = now();
-	int i;
+	int64_t took[CALLS / BATCH], began;
+	int i, j;
 
-	for (i = 0; i < CALLS; i++)
-		now();
-	return (now() - began) / CALLS;
+	for (i = 0; i < CALLS / BATCH; i++) {
+		began = now();
+		for (j = 0; j < BATCH; j++)
+			call(t);
+		took[i] = now() - began;
+	}
+	return (double)median(took, CALLS / BATCH) / BATCH;
 }
+
+static bool
+fioclex(struct target *t)
+{
+	must(ioctl(t->kq, FIOCLEX), "FIOCLEX");
+	return true;
+}
+
+static bool
+parent(struct target *t)
+{
+	(void)t;
+	(void)getppid();
+	return true;
+}
+
+static bool
+look_at_clock(struct target *t)
+{
+	(void)t;
+	return now() != 0;
+}
+
+/* The least that an ioctl can do, measured as if it were a way to wake. */
+static bool
+never_woke(struct target *t, int n, const struct kevent *events)
+{
+	(void)t, (void)n, (void)events;
+	return false;
+}
+static struct way fioclex_as_a_way = { "FIOCLEX", NULL, fioclex, never_woke };
 
 /* A send while the thread does something else, and nothing is pending. */
 static double
@@ -380,35 +427,6 @@ cost_awake(struct way *way, int64_t clock)
 		pthread_join(p.target->thread, NULL);
 	}
 	return median(took, calls);
-}
-
-/* One of many calls in a row. */
-static double
-cost_of(void (*call)(struct target *), struct target *t)
-{
-	int64_t took[CALLS / BATCH], began;
-	int i, j;
-
-	for (i = 0; i < CALLS / BATCH; i++) {
-		began = now();
-		for (j = 0; j < BATCH; j++)
-			call(t);
-		took[i] = now() - began;
-	}
-	return (double)median(took, CALLS / BATCH) / BATCH;
-}
-
-static void
-fioclex(struct target *t)
-{
-	must(ioctl(t->kq, FIOCLEX), "FIOCLEX");
-}
-
-static void
-parent(struct target *t)
-{
-	(void)t;
-	(void)getppid();
 }
 
 /* A send while one is pending. */
@@ -487,8 +505,7 @@ send_until_stopped(void *cookie)
 
 	thread_start();
 	while (!s->part->stop) {
-		s->part->way->send(s->part->target);
-		s->sent++;
+		s->sent += s->part->way->send(s->part->target);
 	}
 	thread_end();
 	return NULL;
@@ -501,16 +518,18 @@ wait_until_stopped(void *cookie)
 
 	thread_start();
 	p->ready = 1;
-	while (!p->stop)
+	while (!p->stop) {
 		wait_for(p->way, p->target);
+		p->received++;
+	}
 	p->done = 1;
 	thread_end();
 	return NULL;
 }
 
-/* Sends in a second, by several threads to one. */
-static double
-flood(struct way *way, int senders)
+/* Sends in a second, by several threads to one, and what it received. */
+static void
+flood(struct way *way, int senders, double *per_second, double *received)
 {
 	struct part p = { .way = way, .target = &way->targets[1] };
 	struct sender all[1 << (FLOODS - 1)];
@@ -541,32 +560,52 @@ flood(struct way *way, int senders)
 	}
 	pthread_join(p.target->thread, NULL);
 	clean(way, p.target);
-	return sent * 1e9 / took;
+	*per_second = sent * 1e9 / took;
+	*received = p.received * 1e9 / took;
 }
 
 /*
- * A server that is never out of events.  A tickle is seen at the next return,
- * by the note that its sender left, as events win over it; a rival when its
- * own event has its turn.
+ * A server that is never out of events.  Whatever the way, its sender leaves a
+ * note after the send, and the server looks for it after each kevent, as one
+ * that is tickled has to: events win over a tickle.  A rival's own event has
+ * its turn, too; a tickle has none.
  */
 static void *
 serve(void *cookie)
 {
 	struct part *p = cookie;
 	struct kevent events[STREAM_EVENTS];
-	bool by_note = p->way->woke == tickle_woke;
-	int n;
+	bool has_event = p->way->woke != tickle_woke;
+	bool noted = false, came = false, woke;
+	int64_t at;
+	int i = 0, n;
 
 	thread_start();
 	p->ready = 1;
 	while (!p->stop) {
 		n = kevent(p->target->kq, NULL, 0, events, STREAM_EVENTS, NULL);
-		if (p->sent == 0 ||
-		    !(by_note || p->way->woke(p->target, n, events)))
+		woke = p->way->woke(p->target, n, events);
+		if (!p->noted && !woke)
 			continue;
-		p->latency[p->done] = now() - p->sent;
-		p->sent = 0;
-		p->done++;
+		at = now() - p->sent;
+		if (p->noted && !noted) {
+			p->latency[i] = at;
+			noted = true;
+		}
+		if (woke && has_event && !came) {
+			p->event[i] = at;
+			came = true;
+		}
+		if (!noted || (has_event && !came))
+			continue;
+		i++;
+		p->noted = false;
+		noted = came = false;
+		pthread_mutex_lock(&p->lock);
+		p->seen = i;
+		pthread_cond_signal(&p->changed);
+		pthread_mutex_unlock(&p->lock);
+		sched_yield();	/* the sender may have no other processor */
 	}
 	thread_end();
 	return NULL;
@@ -589,21 +628,29 @@ stream_changes(int kq, int action)
 }
 
 static void
-behind_a_stream(struct way *way, int64_t *behind)
+behind_a_stream(struct way *way, int64_t *note, int64_t *event)
 {
 	struct part p = { .way = way, .target = &way->targets[1],
-	    .latency = behind };
-	struct timespec pause = in_ns(100000);
+	    .latency = note, .event = event };
+	uint64_t state = seeded(0, 0);
+	int64_t until;
 	int i;
 
+	pthread_mutex_init(&p.lock, NULL);
+	pthread_cond_init(&p.changed, NULL);
 	stream_changes(p.target->kq, EV_ADD);
 	begin(&p, serve);
-	for (i = 0; i < SPINS; i++) {
-		nanosleep(&pause, NULL);
+	for (i = 0; i < BUSY_SENDS; i++) {
+		until = now() + roll(&state, BUSY_NS);
+		while (now() < until)
+			continue;
 		p.sent = now();
 		way->send(p.target);
-		while (p.done <= i)
-			sched_yield();
+		p.noted = true;
+		pthread_mutex_lock(&p.lock);
+		while (p.seen <= i)
+			pthread_cond_wait(&p.changed, &p.lock);
+		pthread_mutex_unlock(&p.lock);
 	}
 	p.stop = true;
 	pthread_join(p.target->thread, NULL);
@@ -666,7 +713,6 @@ returns_of(int sleepers, bool poller)
 {
 	struct crowd all[9];
 	int i, kq = kqueue(), threads = sleepers + poller;
-	int tickles = poller ? SPINS : SLEEPS;
 	long before, returns;
 
 	crowd_stop = false;
@@ -679,7 +725,7 @@ returns_of(int sleepers, bool poller)
 		    &all[i]) != 0)
 			err(1, "pthread_create");
 	}
-	for (i = 0; i < tickles; i++) {
+	for (i = 0; i < SLEEPS; i++) {
 		all_asleep(all, sleepers);
 		before = returned(all, sleepers);
 		must(ioctl(kq, KQUEUE_TICKLE), "KQUEUE_TICKLE");
@@ -701,7 +747,7 @@ returns_of(int sleepers, bool poller)
 	for (i = 0; i < threads; i++)
 		pthread_join(all[i].thread, NULL);
 	close(kq);
-	return (double)returns / tickles;
+	return (double)returns / SLEEPS;
 }
 
 static void
@@ -715,36 +761,43 @@ print_numbers(const char *name, const double *numbers)
 	printf("]");
 }
 
+/* Such a percentile means something from so many samples on: ten beyond it. */
+static const struct {
+	const char *name;
+	int per_mille, samples;
+} shown[] = { {"p50", 500, 20}, {"p99", 990, 1000}, {"p999", 999, 10000} };
+#define	SHOWN	(sizeof(shown) / sizeof(shown[0]))
+
 /* Each round's percentiles, then those of all rounds together. */
 static void
 print_times(const char *name, int64_t *all, int count)
 {
-	static const struct {
-		const char *name;
-		double q;
-	} shown[] = { {"p50", .5}, {"p99", .99}, {"p999", .999} };
+	int i, total = rounds * count;
 	size_t j;
-	int i;
 
 	printf(",\n  \"%s\": {", name);
 	for (i = 0; i < rounds; i++)
 		qsort(all + i * count, count, sizeof(*all), by_size);
-	for (j = 0; j < sizeof(shown) / sizeof(shown[0]); j++) {
+	for (j = 0; j < SHOWN; j++) {
+		if (count < shown[j].samples)
+			continue;
 		printf("\"%s\": [", shown[j].name);
 		for (i = 0; i < rounds; i++)
 			printf("%s%" PRId64, i ? ", " : "",
-			    quantile(all + i * count, count, shown[j].q));
+			    quantile(all + i * count, count,
+			    shown[j].per_mille));
 		printf("], ");
 	}
-	qsort(all, (size_t)rounds * count, sizeof(*all), by_size);
-	printf("\"all\": {\"samples\": %d", rounds * count);
-	for (j = 0; j < sizeof(shown) / sizeof(shown[0]); j++)
-		printf(", \"%s\": %" PRId64, shown[j].name,
-		    quantile(all, rounds * count, shown[j].q));
+	qsort(all, total, sizeof(*all), by_size);
+	printf("\"all\": {\"samples\": %d", total);
+	for (j = 0; j < SHOWN; j++)
+		if (total >= shown[j].samples)
+			printf(", \"%s\": %" PRId64, shown[j].name,
+			    quantile(all, total, shown[j].per_mille));
 	printf(", \"percentiles\": [");
 	for (i = 0; i < 100; i++)
 		printf("%s%" PRId64, i ? ", " : "",
-		    quantile(all, rounds * count, i / 100.));
+		    quantile(all, total, 10 * i));
 	printf("]}}");
 }
 
@@ -758,12 +811,94 @@ room(size_t count, size_t size)
 	return memory;
 }
 
+static int
+samples(int which)
+{
+	return which == NOTE || which == OWN_EVENT ? BUSY_SENDS : wake_ups;
+}
+
+static double *clocks, *fioclexes[2], *parents, *crowds[CROWDS];
+
+/* The ways there are, another first in each round. */
+static struct way *
+turn(int round, size_t number)
+{
+	struct way *way = &ways[(round + number) % WAYS];
+
+	return way->there ? way : NULL;
+}
+
+static void
+measure(int round)
+{
+	int64_t *time[TIMES], clock;
+	struct way *way;
+	size_t j;
+	int i;
+
+	clock = clocks[round] = cost_of(look_at_clock, NULL);
+	fioclexes[0][round] = cost_of(fioclex, &ways[0].targets[1]);
+	parents[round] = cost_of(parent, NULL);
+	fioclex_as_a_way.targets[1] = ways[0].targets[1];
+	fioclexes[1][round] = cost_awake(&fioclex_as_a_way, clock);
+	for (j = 0; j < WAYS; j++)
+		if ((way = turn(round, j)) != NULL)
+			way->cost[AWAKE][round] = cost_awake(way, clock);
+	for (j = 0; j < WAYS; j++)
+		if ((way = turn(round, j)) != NULL)
+			way->cost[PENDING][round] = cost_pending(way);
+	for (j = 0; j < WAYS; j++)
+		if ((way = turn(round, j)) != NULL)
+			way->cost[ASLEEP][round] = cost_asleep(way, clock);
+	for (j = 0; j < WAYS; j++) {
+		if ((way = turn(round, j)) == NULL)
+			continue;
+		for (i = 0; i < TIMES; i++)
+			time[i] = way->time[i] + round * samples(i);
+		ping_pong(way, time[LATENCY], time[ROUND_TRIP]);
+		behind_a_stream(way, time[NOTE], time[OWN_EVENT]);
+	}
+	for (i = 0; i < FLOODS; i++)
+		for (j = 0; j < WAYS; j++)
+			if ((way = turn(round, j)) != NULL)
+				flood(way, 1 << i, &way->per_second[i][round],
+				    &way->received[i][round]);
+	for (i = 0; ways[0].there && i < CROWDS; i++)
+		crowds[i][round] = i < 3 ?
+		    returns_of(2 << i, false) : returns_of(1, true);
+}
+
+static void
+print_way(const struct way *way)
+{
+	char name[32];
+	int i;
+
+	printf("\n \"%s\": {\"descriptors\": %d, \"calls\": %d, \"lost\": %ld",
+	    way->name, way->descriptors, way->calls, way->lost);
+	for (i = 0; i < COSTS; i++)
+		print_numbers(costs[i], way->cost[i]);
+	for (i = 0; i < FLOODS; i++) {
+		snprintf(name, sizeof(name), "per_second_%d", 1 << i);
+		print_numbers(name, way->per_second[i]);
+		snprintf(name, sizeof(name), "received_%d", 1 << i);
+		print_numbers(name, way->received[i]);
+	}
+	for (i = 0; i < TIMES; i++)
+		if (i != OWN_EVENT || way->woke != tickle_woke)
+			print_times(times[i], way->time[i], samples(i));
+	printf("}");
+}
+
 int
 main(int argc, char **argv)
 {
-	double *clocks, *floors[2], *crowds[4];
+	static const char *const crowd_names[CROWDS] = {
+		"of_2", "of_4", "of_8", "of_1_beside_a_poller"
+	};
 	struct way *way;
-	int option, i, j, round;
+	int option, i, round;
+	bool first = true;
 
 	while ((option = getopt(argc, argv, "r:n:")) != -1) {
 		switch (option) {
@@ -779,10 +914,11 @@ main(int argc, char **argv)
 	}
 	kernel_start();
 	thread_start();
-	clocks = room(rounds, sizeof(*clocks));
+	clocks = room(rounds, sizeof(double));
+	parents = room(rounds, sizeof(double));
 	for (i = 0; i < 2; i++)
-		floors[i] = room(rounds, sizeof(double));
-	for (i = 0; i < 4; i++)
+		fioclexes[i] = room(rounds, sizeof(double));
+	for (i = 0; i < CROWDS; i++)
 		crowds[i] = room(rounds, sizeof(double));
 	for (i = 0; i < STREAM; i++) {
 		must(pipe(stream[i]), "pipe");
@@ -795,83 +931,36 @@ main(int argc, char **argv)
 		    way->open(&way->targets[0]) && way->open(&way->targets[1]);
 		for (i = 0; i < COSTS; i++)
 			way->cost[i] = room(rounds, sizeof(double));
-		for (i = 0; i < FLOODS; i++)
-			way->per_second[i] = room(rounds, sizeof(double));
-		for (i = 0; i < TIMES; i++)
-			way->time[i] = room(
-			    (size_t)rounds * (i == BEHIND ? SPINS : wake_ups),
-			    sizeof(int64_t));
-	}
-	for (round = 0; round < rounds; round++) {
-		int64_t clock = clock_cost();
-
-		clocks[round] = clock;
-		floors[0][round] = cost_of(fioclex, &ways[0].targets[1]);
-		floors[1][round] = cost_of(parent, NULL);
-		for (way = ways; way < ways + WAYS; way++)
-			if (way->there)
-				way->cost[AWAKE][round] =
-				    cost_awake(way, clock);
-		for (way = ways; way < ways + WAYS; way++)
-			if (way->there)
-				way->cost[PENDING][round] = cost_pending(way);
-		for (way = ways; way < ways + WAYS; way++)
-			if (way->there)
-				way->cost[ASLEEP][round] =
-				    cost_asleep(way, clock);
-		for (way = ways; way < ways + WAYS; way++)
-			if (way->there)
-				ping_pong(way,
-				    way->time[LATENCY] + round * wake_ups,
-				    way->time[ROUND_TRIP] + round * wake_ups);
-		for (way = ways; way < ways + WAYS; way++)
-			if (way->there)
-				behind_a_stream(way,
-				    way->time[BEHIND] + round * SPINS);
-		for (i = 0; i < FLOODS; i++)
-			for (way = ways; way < ways + WAYS; way++)
-				if (way->there)
-					way->per_second[i][round] =
-					    flood(way, 1 << i);
-		for (i = 0; ways[0].there && i < 4; i++)
-			crowds[i][round] = i < 3 ?
-			    returns_of(2 << i, false) : returns_of(1, true);
-	}
-	printf("{\"rounds\": %d, \"wake_ups\": %d, \"floor\": {\"calls\": %d",
-	    rounds, wake_ups, CALLS);
-	print_numbers("clock_ns", clocks);
-	print_numbers("fioclex_ns", floors[0]);
-	print_numbers("getppid_ns", floors[1]);
-	printf("},\n \"ways\": {");
-	for (way = ways, j = 0; way < ways + WAYS; way++) {
-		if (!way->there)
-			continue;
-		printf("%s\n \"%s\": {\"descriptors\": %d, \"calls\": %d, "
-		    "\"lost\": %ld", j++ ? "," : "", way->name,
-		    way->descriptors,
-		    way->calls,
-		    way->lost);
-		for (i = 0; i < COSTS; i++)
-			print_numbers(costs[i], way->cost[i]);
 		for (i = 0; i < FLOODS; i++) {
-			char name[32];
-
-			snprintf(name, sizeof(name), "per_second_%d", 1 << i);
-			print_numbers(name, way->per_second[i]);
+			way->per_second[i] = room(rounds, sizeof(double));
+			way->received[i] = room(rounds, sizeof(double));
 		}
 		for (i = 0; i < TIMES; i++)
-			print_times(times[i], way->time[i],
-			    i == BEHIND ? SPINS : wake_ups);
-		printf("}");
+			way->time[i] = room((size_t)rounds * samples(i),
+			    sizeof(int64_t));
+	}
+	measure(0);		/* to warm up: the first round overwrites it */
+	for (way = ways; way < ways + WAYS; way++)
+		way->lost = 0;
+	for (round = 0; round < rounds; round++)
+		measure(round);
+	printf("{\"abi\": \"%s\", \"rounds\": %d, \"wake_ups\": %d, "
+	    "\"floor\": {\"calls\": %d", abi(), rounds, wake_ups, CALLS);
+	print_numbers("clock_ns", clocks);
+	print_numbers("fioclex_ns", fioclexes[0]);
+	print_numbers("fioclex_awake_ns", fioclexes[1]);
+	print_numbers("getppid_ns", parents);
+	printf("},\n \"ways\": {");
+	for (way = ways; way < ways + WAYS; way++) {
+		if (!way->there)
+			continue;
+		printf("%s", first ? "" : ",");
+		first = false;
+		print_way(way);
 	}
 	printf("}, \"returns_for_a_tickle\": {\"tickles\": %d", SLEEPS);
-	for (i = 0; i < 4; i++) {
-		static const char *const crowd_names[] = {
-			"of_2", "of_4", "of_8", "of_1_beside_a_poller"
-		};
-
+	for (i = 0; i < CROWDS; i++)
 		print_numbers(crowd_names[i], crowds[i]);
-	}
 	printf("}}\n");
 	return 0;
 }
