@@ -7,13 +7,16 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .log import Failure
+from .log import Failure, Step
 
 _REFUSED = "do not use this file"
+
+# What is raised for a broken archive; the last two for a NUL in a name, and a time that no file can have.
+_BROKEN = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError, OverflowError)
 
 
 @contextmanager
@@ -22,8 +25,8 @@ def opened(archive: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(archive) as tar:
             yield tar
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the archive's
             raise
         raise Failure(f"{archive}: {error}", hint="is the file whole?") from error
 
@@ -37,15 +40,31 @@ def inside(name: str, archive: Path) -> str:
 
 
 def unpack(
-    archive: Path, target: Path, wanted: Callable[[str], str | None], *, links: bool = False
+    archives: Sequence[Path],
+    target: Path,
+    wanted: Callable[[str], str | None],
+    work: Step,
+    *,
+    links: bool = False,
 ) -> None:
-    """Unpack the files of an archive for which wanted, asked with a name, returns the name to give it.
+    """Unpack the files of archives for which wanted, asked with a name, returns the name to give it.
 
     Owners and special mode bits are not taken over; times are.  Devices are a
     Failure, and so are links unless links is true.  Symbolic links are made
-    last, so that nothing is ever written through one.
+    after the last archive, so that nothing of any is ever written through one.
     """
     symlinks: dict[Path, str] = {}
+    for archive in archives:
+        work.update(f"unpacking {archive.name}")
+        _unpack_files(archive, target, wanted, symlinks if links else None)
+    for path, destination in symlinks.items():
+        path.symlink_to(destination)
+
+
+def _unpack_files(
+    archive: Path, target: Path, wanted: Callable[[str], str | None], symlinks: dict[Path, str] | None
+) -> None:
+    """Unpack all but symbolic links, which are put down in symlinks; None: there may be no links."""
     with opened(archive) as tar:
         for member in tar:
             name = wanted(inside(member.name, archive))
@@ -54,6 +73,8 @@ def unpack(
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
+            if symlinks is not None:
+                symlinks.pop(path, None)
             if member.isfile():
                 content = tar.extractfile(member)
                 assert content is not None
@@ -61,13 +82,11 @@ def unpack(
                     shutil.copyfileobj(content, out, 1 << 20)
                 path.chmod(0o755 if member.mode & 0o100 else 0o644)
                 os.utime(path, (member.mtime, member.mtime))
-            elif links and member.issym():
+            elif symlinks is not None and member.issym():
                 symlinks[path] = member.linkname
-            elif links and member.islnk():
+            elif symlinks is not None and member.islnk():
                 other = wanted(inside(member.linkname, archive))
                 if other is not None:
                     os.link(target / other, path)
             else:
                 raise Failure(f"{archive}: the member {member.name} is no plain file", hint=_REFUSED)
-    for path, destination in symlinks.items():
-        path.symlink_to(destination)

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ def file_digest(path: Path) -> str:
 def write_whole(path: Path, content: str | bytes, mode: int = 0o644) -> None:
     """Write a file so that it is there with all of its content or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.chmod(mode)
@@ -53,19 +54,35 @@ def locked(folder: Path) -> Iterator[None]:
 
     The kernel drops the lock when its holder ends, however it ends.
     """
+    while True:
+        handle = _open_lock(folder)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another pykq command that works in {folder}")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_at(handle, folder / ".lock"):
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _open_lock(folder: Path) -> int:
+    """Return a handle of the file that is locked for a folder; make both where they are not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise Failure(
             f"cannot write to {folder}: {error.strerror}", hint="name another cache folder in PYKQ_CACHE"
         ) from error
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Tell whether an open file is still the one at a path: whoever held the lock may have removed it."""
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another pykq command that works in {folder}")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

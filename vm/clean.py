@@ -7,7 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,24 @@ _KINDS = {
     "rump": r"\d[\w.]*-[0-9a-f]{6}(-sanitized)?",
     "sysroot": r"[0-9a-f]{12}(\.part)?",
 }
-_FILES = ("accelerators.json", "bench.json", "pins.json")
+
+# What commands leave beside that, and how it is called.  Each is named: PYKQ_CACHE
+# may be /var.  clean's own log is not there, it is being written.
+_COMMANDS = (
+    "bench|build-kernel|build-rump|console|demo|doctor|down|install|page|patches|regress|ssh|status|stress|test|up"
+)
+_RESULTS = {
+    ".": r"(accelerators|bench|bench-host|pins)\.json|\.lock",  # bench's were here once
+    "bench": r"(bench|full|host)\.json|cold|(round_trip|throughput)\.(png|svg)",
+    "hosts": r".+-\d+\.xml",
+    "image": r"\.lock",
+    "log": rf"({_COMMANDS})\.log",
+    "regress": r"config\.h|libkqueue-test|regress\.json",
+    "stress": r"stress\.json|(stock|patched)-\d+\.xml|corpus|(crash|leak|oom|slow-unit|timeout)-[0-9a-f]+",
+    "suite": r"\.lock",
+    "sysroot": r"\.lock",
+    "timings": rf"({_COMMANDS}|clean)\.json",
+}
 
 
 def clean(settings: Settings, *, everything: bool = False, dry_run: bool = False) -> None:
@@ -46,28 +63,69 @@ def clean(settings: Settings, *, everything: bool = False, dry_run: bool = False
     verb = "would free" if dry_run else "freed"
     total = 0
     seen: Counter[tuple[int, int]] = Counter()
-    for path in _entries(settings.cache):
-        for part in [path] if path not in used else _leftovers(path):
-            freed = _freed_bytes(part, seen)
+    parts = [
+        part
+        for path in _entries(settings.cache, _KINDS)
+        for part in ([path] if path not in used else _leftovers(path))
+    ]
+    if everything:
+        parts += [lock.parent for lock in sorted(settings.cache.glob("run/*/.lock"))]
+        parts += _entries(settings.cache, _RESULTS)
+    for part in parts:
+        freed = _free(settings, part, seen, dry_run=dry_run)
+        if freed is not None:
             total += freed
-            if not dry_run:
-                with locked(path):
-                    shutil.rmtree(part)
             say(f"{verb} {freed >> 20:5} MiB: {part}")
-    if everything and not dry_run:
-        for name in _FILES:
-            (settings.cache / name).unlink(missing_ok=True)
     say(f"{verb} {total >> 20:5} MiB of {settings.cache}")
 
 
-def _entries(cache: Path) -> list[Path]:
-    """Return the folders in the cache that hold one thing each."""
-    return sorted(
+def _entries(cache: Path, kinds: dict[str, str]) -> list[Path]:
+    """Return what the cache holds one of for each thing that was made.
+
+    Builds come first: who has waited for one can remove the release that it is
+    made from, and its rump kernels.
+    """
+    return [
         path
-        for kind, name in _KINDS.items()
-        for path in cache.glob(f"{kind}/*")
-        if re.fullmatch(name, path.name) and path.is_dir()
-    )
+        for kind, name in kinds.items()
+        for path in sorted(cache.glob(f"{kind}/*"))
+        if re.fullmatch(name, path.name) and (kinds is _RESULTS or path.is_dir())
+    ]
+
+
+def _free(settings: Settings, part: Path, seen: Counter[tuple[int, int]], *, dry_run: bool) -> int | None:
+    """Remove a part when nobody is at work in it; return the bytes that frees, None when it stays."""
+    folder = None if dry_run else _lock(settings.cache, part)
+    with nullcontext() if folder is None else locked(folder):
+        for guest in _running(settings):  # started since, while we waited
+            if part in (Path(guest.folder), Path(guest.image)):
+                say(f"guest {guest.name} runs: {part} stays (invoke vm.down --name {guest.name})")
+                return None
+        freed = freed_bytes(part, seen)
+        if not dry_run:
+            _remove(part)
+    return freed
+
+
+def _lock(cache: Path, part: Path) -> Path | None:
+    """Return the folder that those hold who make a part, None for one that nobody holds."""
+    kind, *below = part.relative_to(cache).parts
+    if part.name == ".lock":
+        return part.parent
+    if kind in ("image", "sysroot"):  # one lock for all of them
+        return cache / kind
+    return cache / kind / below[0] if kind in (*_KINDS, "run") else None
+
+
+def _remove(part: Path) -> None:
+    """Remove a folder or a file, and what commands leave with the folder around it."""
+    if part.is_dir():
+        shutil.rmtree(part)
+    else:
+        part.unlink(missing_ok=True)
+    if part.parent.name not in _KINDS:
+        with suppress(OSError):  # there is something else in it
+            part.parent.rmdir()
 
 
 def _running(settings: Settings) -> list[qemu.Machine]:
@@ -119,15 +177,16 @@ def _leftovers(release: Path) -> Iterator[Path]:
             yield release / name
 
 
-def _freed_bytes(folder: Path, seen: Counter[tuple[int, int]]) -> int:
-    """Return what removing a folder frees: a file with several names is freed with the last of them.
+def freed_bytes(part: Path, seen: Counter[tuple[int, int]]) -> int:
+    """Return what removing a part frees: a file with several names is freed with the last of them.
 
     seen counts the names that were removed before.
     """
     total = 0
-    for top, _, names in os.walk(folder):
-        for name in names:
-            status = os.lstat(os.path.join(top, name))
+    below = (os.path.join(top, name) for top, _, names in os.walk(part) for name in names)
+    for path in below if part.is_dir() else [part]:
+        with suppress(FileNotFoundError):  # somebody was quicker
+            status = os.lstat(path)
             inode = (status.st_dev, status.st_ino)
             seen[inode] += 1
             if seen[inode] == status.st_nlink:

@@ -10,24 +10,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from .cache import read_json, write_whole
+from .cache import locked, read_json, write_whole
 from .log import Failure, Step
 
 WAYS_ON = "--mirror URL|DIR names another; --source DIR and --sets DIR take what you have, without a network"
 
 _CONNECT_WITHIN_S = 3.0
 _PATIENCE_S = 10.0  # in which one mirror has to answer, else the others are not tried
-_STALLED_AFTER_S = 20.0
+_STALLED_AFTER_S = 20.0  # with not a byte, or with less than _CHUNK_BYTES
 _TRIES = 5  # on one mirror, each of which brought something
-_CHUNK_BYTES = 1 << 14  # as much is lost by a cut
+_CHUNK_BYTES = 1 << 14  # read at once, at most
 _LIST_BYTES = 64 << 20  # no list of files is larger
 
 _AGAIN = "try another --mirror; this one may be in the middle of an update"
 
 # What a web page begins with: a network's log-in page comes in the place of any file.
 _PAGE = re.compile(rb"\s*<(?:!doctype html|html)", re.IGNORECASE)
+_PAGE_BYTES = 256  # in which it does so
 
 
 class Missing(Failure):
@@ -51,9 +53,12 @@ class Mirrors:
 
     def index(self, path: str) -> str:
         """Return the list of what a folder holds, which on a web server is a page with links."""
-        folders = [root for root in self.roots if not _is_url(root)]
+        folders = [root for root in self.roots if not is_url(root)]
         if folders:
-            return "\n".join(name for root in folders for name in os.listdir(f"{root}/{path}"))
+            try:
+                return "\n".join(name for root in folders for name in os.listdir(f"{root}/{path}"))
+            except FileNotFoundError as error:
+                raise _not_there(error.filename) from None
         return self.read(f"{path}/", page=True).decode("utf-8", "replace")
 
     def read(self, path: str, *, page: bool = False) -> bytes:
@@ -66,12 +71,12 @@ class Mirrors:
         for root in self.roots:
             try:
                 with _opened(f"{root}/{path}", page=page) as (_, _, chunks):
-                    content = b""
+                    content = bytearray()
                     for chunk in chunks:
                         content += chunk
                         if len(content) > _LIST_BYTES:
                             raise Failure(f"{root}/{path} does not end", hint="try another --mirror")
-                    return content
+                    return bytes(content)
             except Failure as error:
                 errors.append(error)
                 late = time.monotonic() - began > _PATIENCE_S
@@ -132,9 +137,10 @@ class Mirrors:
         raise self._all_failed(errors)
 
     def _pin(self, path: str, sha512: str) -> None:
-        pins = read_json(self.pins)
-        if path not in pins:
-            write_whole(self.pins, json.dumps({**pins, path: sha512}, indent=1, sort_keys=True))
+        with locked(self.pins.parent):  # two releases share the file
+            pins = read_json(self.pins)
+            if path not in pins:
+                write_whole(self.pins, json.dumps({**pins, path: sha512}, indent=1, sort_keys=True))
 
     def _all_failed(self, errors: list[Failure]) -> Failure:
         """Return one Failure for those of all mirrors, which is the most telling of them."""
@@ -192,10 +198,10 @@ def _opened(url: str, start: int = 0, *, page: bool = False) -> Iterator[tuple[i
     Raises Missing, Unreachable, also while the bytes are read, or Failure for a web page.
     """
     import requests
-    from urllib3.exceptions import NameResolutionError
+    from urllib3.exceptions import HTTPError, NameResolutionError
 
     try:
-        if not _is_url(url):
+        if not is_url(url):
             with open(url, "rb") as file:
                 file.seek(start)
                 yield start, os.fstat(file.fileno()).st_size, iter(lambda: file.read(_CHUNK_BYTES), b"")
@@ -209,18 +215,17 @@ def _opened(url: str, start: int = 0, *, page: bool = False) -> Iterator[tuple[i
             reply.raise_for_status()
             begin = start if reply.status_code == 206 else 0
             size = begin + int(reply.headers.get("Content-Length", 0))
-            chunks = reply.iter_content(_CHUNK_BYTES)
+            chunks = _as_they_come(url, reply.raw)
             yield begin, size, chunks if page else _no_page(url, chunks)
     except FileNotFoundError:
-        hint = "--mirror names a folder laid out like cdn.NetBSD.org/pub"
-        raise Missing(f"{url}: no such file", hint=hint) from None
+        raise _not_there(url) from None
     except requests.HTTPError as error:
         what = f"{url}: HTTP {error.response.status_code} {error.response.reason}"
         kind = Missing if error.response.status_code in (404, 410) else Unreachable
         raise kind(what, hint=WAYS_ON) from None
     except requests.ConnectTimeout:
         raise Unreachable(f"{url}: no answer in {_CONNECT_WITHIN_S:.0f} s", hint=WAYS_ON) from None
-    except requests.RequestException as error:
+    except (requests.RequestException, HTTPError) as error:  # the second while the bytes are read
         cause = getattr(error.args[0] if error.args else None, "reason", None)
         if isinstance(cause, NameResolutionError):
             raise Offline(f"{url}: the name does not resolve", hint=WAYS_ON) from None
@@ -229,13 +234,38 @@ def _opened(url: str, start: int = 0, *, page: bool = False) -> Iterator[tuple[i
         raise Unreachable(f"{url}: {what}", hint=WAYS_ON) from None
 
 
-def _is_url(root: str) -> bool:
+def is_url(root: str) -> bool:
+    """Tell a web server from a folder."""
     return "://" in root
+
+
+def _not_there(path: str) -> Missing:
+    return Missing(f"{path}: no such file", hint="--mirror names a folder laid out like cdn.NetBSD.org/pub")
+
+
+def _as_they_come(url: str, raw: Any) -> Iterator[bytes]:
+    """Pass on the bytes of an urllib3 response at once; raise Unreachable when they only trickle in.
+
+    The timeout of the connection is for each byte, and would wait for ever.
+    """
+    due, came = time.monotonic() + _STALLED_AFTER_S, 0
+    while chunk := raw.read1(_CHUNK_BYTES):
+        yield chunk
+        came += len(chunk)
+        if came >= _CHUNK_BYTES:
+            due, came = time.monotonic() + _STALLED_AFTER_S, 0
+        elif time.monotonic() > due:
+            raise Unreachable(f"{url}: {came} bytes came in {_STALLED_AFTER_S:.0f} s", hint=WAYS_ON)
 
 
 def _no_page(url: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Pass chunks on; raise Failure when they are those of a web page."""
-    for number, chunk in enumerate(chunks):
-        if number == 0 and _PAGE.match(chunk):
-            raise Failure(f"{url} gives a web page, not the file", hint="log in to this network first?")
-        yield chunk
+    head = b""
+    for chunk in chunks:
+        head += chunk
+        if len(head) >= _PAGE_BYTES:
+            break
+    if _PAGE.match(head):
+        raise Failure(f"{url} gives a web page, not the file", hint="log in to this network first?")
+    yield head
+    yield from chunks

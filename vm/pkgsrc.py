@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import fnmatch
 import functools
 import gzip
-import hashlib
+import io
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from .log import Failure
+
+_LIST_BYTES = 1 << 28  # no list of packages is larger, unpacked
+_ALGORITHMS = ("md5", "sha1", "sha256", "sha384", "sha512")
 
 # A version is a list of numbers; words count as these (pkg_install, lib/dewey.c).
 _WORDS = {"alpha": -3, "beta": -2, "pre": -1, "rc": -1, "pl": 0, "_": 0, ".": 0}
@@ -32,7 +36,7 @@ class Package:
     name: str
     file: str
     size: int  # bytes, 0 where the list does not say
-    cksum: str | None  # "sha1:" and the digits, or another algorithm's
+    cksum: str | None  # "sha1:" and the digits, or another's of _ALGORITHMS; NetBSD's own lists have none
     depends: tuple[str, ...]
 
     @property
@@ -48,10 +52,7 @@ class Package:
 
 def parse(summary: bytes) -> list[Package]:
     """Read a pkg_summary.gz; raise ValueError when it is none."""
-    try:
-        text = gzip.decompress(summary).decode("utf-8", "replace")
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"not a pkg_summary.gz ({error})") from error
+    text = _unpacked(gzip.open, summary).decode("utf-8", "replace")
     found = []
     for record in text.split("\n\n"):
         fields: dict[str, list[str]] = {}
@@ -66,9 +67,14 @@ def parse(summary: bytes) -> list[Package]:
             raise ValueError(f"a package file is called {file!r}")
         size = int(fields.get("FILE_SIZE", ["0"])[0])
         algorithm, _, digits = fields.get("FILE_CKSUM", [""])[0].lower().partition(" ")
-        cksum = f"{algorithm}:{digits}" if algorithm in hashlib.algorithms_guaranteed else None
+        cksum = f"{algorithm}:{digits}" if algorithm in _ALGORITHMS else None
         found.append(Package(name, file, size, cksum, tuple(fields.get("DEPENDS", []))))
     return found
+
+
+def sums(packed: bytes) -> bytes:
+    """Read a SHA512.bz2, pbulk's list of all files of a repository; raise ValueError when it is none."""
+    return _unpacked(bz2.open, packed)
 
 
 def compare(left: str, right: str) -> int:
@@ -114,6 +120,18 @@ def closure(packages: list[Package], wanted: Package) -> list[Package]:
                 )
             chosen.append(found)
     return chosen
+
+
+def _unpacked(opener: Callable[[io.BytesIO], io.BufferedIOBase], packed: bytes) -> bytes:
+    """Return the content of a compressed list; raise ValueError for what is none, or has no end."""
+    try:
+        with opener(io.BytesIO(packed)) as file:
+            content = file.read(_LIST_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"not a compressed list ({error})") from error
+    if len(content) > _LIST_BYTES:
+        raise ValueError(f"it unpacks to more than {_LIST_BYTES >> 20} MiB")
+    return content
 
 
 def _components(version: str) -> tuple[list[int], int]:

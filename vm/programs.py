@@ -128,8 +128,6 @@ def _sysroot(settings: Settings) -> Path:
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
         with step("NetBSD's libraries and headers") as work:
-            for archive in archives:
-                work.update(archive.name)
-                unpack(archive, part, lambda name: name if name.startswith(_READ) else None, links=True)
+            unpack(archives, part, lambda name: name if name.startswith(_READ) else None, work, links=True)
         part.rename(folder)
     return folder

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import image, pkgsrc, programs
 from .archive import unpack
@@ -17,8 +17,10 @@ from .build import MACHINE
 from .cache import locked, read_json, write_whole
 from .config import NEWEST, RELEASE_PARTS, Settings
 from .log import Failure, Step, say, step
-from .mirror import WAYS_ON, Mirrors, Missing
+from .mirror import WAYS_ON, Mirrors, Missing, is_url
 from .signature import SIGNER, is_known, verified
+
+Parsed = TypeVar("Parsed")
 
 # Where NetBSD is to be had, in the order in which it is tried.  Below each
 # place the layout is that of release(7).  A mirror that the user names holds
@@ -43,6 +45,9 @@ _SOURCE_SETS = "source/sets"
 _BINARY_SETS = f"{MACHINE}/binary/sets"
 _SETS = tuple(dict.fromkeys((*image.SETS, *programs.SETS)))
 _PACKAGES = f"packages/NetBSD/{MACHINE}"
+
+# The signer's key: never from a mirror that it is to check.
+_KEY = f"{_PLACES['NetBSD'][0]}/security/PGP/security-officer@netbsd.org.asc"
 
 _DAYS = 4  # of daily builds, among which one is whole
 _DATED = re.compile(r"\b(\d{12,14}Z)\b")
@@ -137,21 +142,27 @@ class Release:
         """The mirrors, and the folder on them that holds the release."""
         if self.name != "current":
             return self._mirrors("NetBSD"), f"NetBSD-{self.name}"
-        mirrors = self._mirrors("NetBSD-daily")
-        if self._held("build") is None:
-            self._record("build", self._newest_build(mirrors))
+        mirrors, build = self._mirrors("NetBSD-daily"), self._held("build")
+        if build is None or not _is_whole(mirrors, build):
+            self._change_build(build, self._newest_build(mirrors))
         return mirrors, f"HEAD/{self._held('build')}"
+
+    def _change_build(self, old: str | None, new: str) -> None:
+        """Take another daily build; raise Failure when there are parts of the old one, which is gone."""
+        parts = [part for part in ("source", "sets") if self._held(part)]
+        for part in parts:  # they have to be of one build
+            self._record(part, None)
+        self._record("build", new)
+        if parts:
+            what = f"the daily build {old} is gone from the mirror, and {new} takes its place"
+            raise Failure(f"NetBSD {self.name}: {what}", hint="run the same command again")
 
     def _newest_build(self, mirrors: Mirrors) -> str:
         """Return the folder of the newest daily build that is whole."""
         builds = sorted(set(_DATED.findall(mirrors.index("HEAD"))), reverse=True)
         for build in builds[:_DAYS]:
-            try:
-                for sets in (_SOURCE_SETS, _BINARY_SETS):
-                    mirrors.read(f"HEAD/{build}/{sets}/SHA512")
-            except Missing:
-                continue
-            return str(build)
+            if _is_whole(mirrors, build):
+                return str(build)
         raise Failure(f"{mirrors.roots[0]}/HEAD has no whole daily build for {MACHINE}", hint=WAYS_ON)
 
     def _hashes(self, sets: str) -> dict[str, str]:
@@ -165,29 +176,35 @@ class Release:
 
     def _check(self, path: str, sha512: str) -> None:
         """Raise Failure when the list that NetBSD signs has no such SHA512 for a file of the release."""
-        if self._signed is not None:
-            signed = {value for name, value in self._signed.items() if f"/{name}".endswith(f"/{path}")}
-            if sha512 not in signed:
-                what = f"the mirror's SHA512 of {path} is not the one that {SIGNER} signed"
-                raise Failure(f"NetBSD {self.name}: {what}", hint="do not use this mirror")
+        _, release = self._where
+        if self._signed is not None and self._signed.get(f"{release}/{path}") != sha512:
+            what = f"the mirror's SHA512 of {path} is not the one that {SIGNER} signed"
+            raise Failure(f"NetBSD {self.name}: {what}", hint="do not use this mirror")
 
     @cached_property
     def _signed(self) -> dict[str, str] | None:
-        """The SHA512 of each file by the list that NetBSD signs for the release; None without that list."""
+        """The SHA512 of each file by the list that NetBSD signs for the release; None: not to be checked."""
         mirrors, release = self._where
         path = f"security/hashes/{release}_hashes.asc"
         lists = f"the SHA512 lists of NetBSD {self.name}: signature not checked"
         if self.name == "current":
+            say(f"{lists} (daily builds are not signed)")
             return None
         if not is_known():
-            say(f"{lists} (gpg --import {mirrors.roots[0]}/security/PGP/security-officer@netbsd.org.asc)")
+            say(f"{lists} (gpg --fetch-keys {_KEY})")
             return None
         try:
             content = mirrors.read(path)
         except Missing as error:
-            say(f"{lists} ({error})")
+            self._say_unchecked(f"{lists} ({error})")
             return None
         return _sums(verified(content, f"{mirrors.roots[0]}/{path}"))
+
+    def _say_unchecked(self, what: str) -> None:
+        """Say what cannot be checked in a folder that the user named; for a web server raise Failure."""
+        if self.settings.mirror is None or is_url(self.settings.mirror):
+            raise Failure(what, hint=WAYS_ON)
+        say(what)
 
     def _get_source(self, work: Step) -> list[str]:
         """Bring the source sets that are missing into the source tree; return all that it then holds."""
@@ -202,9 +219,7 @@ class Release:
             part.rmdir()
             self.path("source").rename(part)
         try:
-            for archive in archives:
-                work.update(f"unpacking {archive.name}")
-                unpack(archive, part, _in_source)
+            unpack(archives, part, _in_source, work)
             shutil.rmtree(self.path("source"), ignore_errors=True)
             part.rename(self.path("source"))
         except BaseException:
@@ -235,19 +250,21 @@ class Release:
         """Bring the newest Python that the driver runs on, and what it needs; return the packages' names."""
         mirrors = self._mirrors("pkgsrc")
         version = NEWEST if self.name == "current" else self.name.partition("_")[0]
-        place = f"{_PACKAGES}/{version}/All"
-        try:
-            packages = pkgsrc.parse(mirrors.read(f"{place}/pkg_summary.gz"))
-        except ValueError as error:
-            raise Failure(f"{mirrors.roots[0]}/{place}/pkg_summary.gz: {error}", hint=WAYS_ON) from error
+        place = f"{_PACKAGES}/{version}"
+        where = f"{mirrors.roots[0]}/{place}/All"
+        packages = _read(mirrors, f"{place}/All/pkg_summary.gz", pkgsrc.parse)
         pythons = [package for package in packages if _python_minor(package) >= _OLDEST_PYTHON]
         if not pythons:
-            raise Failure(f"{mirrors.roots[0]}/{place} has no python3{_OLDEST_PYTHON} or later", hint=WAYS_ON)
+            raise Failure(f"{where} has no python3{_OLDEST_PYTHON} or later", hint=WAYS_ON)
         needed = pkgsrc.closure(packages, max(pythons, key=_python_minor))
         shutil.rmtree(self.path("python"), ignore_errors=True)
+        hashes = {} if all(package.cksum for package in needed) else _package_hashes(mirrors, place)
         for package in needed:
-            file = f"{place}/{package.file}"
-            mirrors.fetch(file, self.path("python"), work, size=package.size, cksum=package.cksum)
+            sha512, size, cksum = hashes.get(f"All/{package.file}"), package.size, package.cksum
+            if not (sha512 or cksum):
+                self._say_unchecked(f"{where}/{package.file}: no checksum of it is listed")
+            file = f"{place}/All/{package.file}"
+            mirrors.fetch(file, self.path("python"), work, sha512=sha512, size=size, cksum=cksum)
         return [package.name for package in needed]
 
 
@@ -287,6 +304,33 @@ def _python_minor(package: pkgsrc.Package) -> int:
     """Return 13 for python313, 0 for what is not a Python 3."""
     match = _PYTHON.fullmatch(package.base)
     return int(match[1]) if match else 0
+
+
+def _is_whole(mirrors: Mirrors, build: str) -> bool:
+    """Tell whether the mirror has the source and the binary sets of a daily build."""
+    try:
+        for sets in (_SOURCE_SETS, _BINARY_SETS):
+            mirrors.read(f"HEAD/{build}/{sets}/SHA512")
+    except Missing:
+        return False
+    return True
+
+
+def _package_hashes(mirrors: Mirrors, place: str) -> dict[str, str]:
+    """Return the SHA512 of each package of a repository, {} where it has no list of them."""
+    try:
+        return _sums(_read(mirrors, f"{place}/SHA512.bz2", pkgsrc.sums))
+    except Missing:
+        return {}
+
+
+def _read(mirrors: Mirrors, path: str, parse: Callable[[bytes], Parsed]) -> Parsed:
+    """Read a small file of a mirror; a ValueError of parse becomes a Failure that names the file."""
+    content = mirrors.read(path)
+    try:
+        return parse(content)
+    except ValueError as error:
+        raise Failure(f"{mirrors.roots[0]}/{path}: {error}", hint=WAYS_ON) from error
 
 
 def _sums(text: bytes) -> dict[str, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import fcntl
 import gzip
 import hashlib
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -12,6 +15,8 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cmp_to_key
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,13 +25,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vm import archive, cache, clean, config, image, mirror, pkgsrc, source
+import tasks
+from vm import archive, cache, clean, config, image, mirror, pkgsrc, programs, source
 from vm import release as release_
 from vm.log import Failure, step
 
 SETS = "NetBSD/NetBSD-10.1/source/sets"
 SRC = f"{SETS}/src.tgz"
 ALL = "pkgsrc/packages/NetBSD/amd64/10.1/All"
+GPG = ["gpg", "--batch", "--quiet", "--passphrase", "", "--pinentry-mode", "loopback"]
 CUT = 2 * mirror._CHUNK_BYTES  # bytes of a file that arrive before the server cuts it
 
 
@@ -89,6 +96,15 @@ class Handler(BaseHTTPRequestHandler):
     def stall(self, body: bytes) -> None:
         self.reply(200, body[:CUT], len(body))
         self.server.over.wait(30)
+
+    def trickle(self, body: bytes) -> None:
+        """Send a byte now and then for some seconds, each well within the limit for one."""
+        begin = self.begin()
+        self.reply(206 if begin else 200, body[begin : begin + 300], len(body) - begin)
+        with suppress(OSError):
+            for byte in body[begin + 300 : begin + 400]:
+                self.wfile.write(bytes([byte]))
+                self.server.over.wait(0.05)
 
     def wrong(self, body: bytes) -> None:
         self.reply(200, body[:-1] + bytes([body[-1] ^ 1]))
@@ -289,6 +305,45 @@ def test_stalled_server_is_left_in_time(server: Server, monkeypatch: pytest.Monk
     assert time.monotonic() - began < 10
 
 
+def test_server_that_trickles_is_left_in_time_and_what_came_is_kept(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "_STALLED_AFTER_S", 0.4)
+    server.faults[SRC] = Handler.trickle
+    began = time.monotonic()
+    with pytest.raises(mirror.Unreachable, match=rf"{SRC}: \d+ bytes came in") as caught:
+        get(server, "source")
+    assert time.monotonic() - began < 10
+    assert re.search(r"goes on after \d{4} bytes", caught.value.hint)
+    server.faults[f"{SETS}/SHA512"] = Handler.trickle
+    server.faults[SRC] = Handler.whole
+    with pytest.raises(mirror.Unreachable, match=r"SHA512: \d+ bytes came in"):
+        get(server, "source")
+    del server.faults[f"{SETS}/SHA512"]
+    get(server, "source")
+
+
+def test_web_page_is_known_by_its_beginning_however_it_is_cut() -> None:
+    page = b"\n <!DOCTYPE html>\n<html>"
+    with pytest.raises(Failure, match="gives a web page"):
+        list(mirror._no_page("url", (bytes([one]) for one in page)))
+    assert b"".join(mirror._no_page("url", iter([b"<", b"xml", bytes(999)]))) == b"<xml" + bytes(999)
+    assert b"".join(mirror._no_page("url", iter([]))) == b""
+
+
+def test_long_list_in_small_pieces_is_read_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pieces = 1 << 16
+
+    @contextmanager
+    def opened(url: str, *, page: bool) -> Iterator[tuple[int, int, Iterator[bytes]]]:
+        yield 0, 0, (bytes(64) for _ in range(pieces))
+
+    monkeypatch.setattr(mirror, "_opened", opened)
+    began = time.monotonic()
+    assert len(mirror.Mirrors(("",), tmp_path / "pins.json").read("x")) == 64 * pieces
+    assert time.monotonic() - began < 3, "it took 14 s when each piece copied all before it"
+
+
 @pytest.mark.parametrize(
     ("path", "fault", "complaint"),
     [
@@ -301,7 +356,7 @@ def test_stalled_server_is_left_in_time(server: Server, monkeypatch: pytest.Monk
         (f"{SETS}/SHA512", lambda self, body: self.send_error(404), f"{SETS}/SHA512: HTTP 404 Not Found"),
         (f"{SETS}/SHA512", lambda self, body: self.send_error(503), "HTTP 503 Service Unavailable"),
         (f"{SETS}/SHA512", lambda self, body: self.reply(200, b"nothing"), f"{SETS}/SHA512 lists no SHA512"),
-        (f"{ALL}/pkg_summary.gz", lambda self, body: self.reply(200, b"x"), r"not a pkg_summary\.gz"),
+        (f"{ALL}/pkg_summary.gz", lambda self, body: self.reply(200, b"x"), "not a compressed list"),
         (f"{ALL}/libffi-3.4.6.tgz", lambda self, body: self.reply(200, body[:-1]), "has not the size"),
         (f"{ALL}/libffi-3.4.6.tgz", Handler.wrong, "has not the size or checksum that is listed"),
     ],
@@ -338,6 +393,27 @@ def test_next_mirror_is_asked_when_one_fails(server: Server, tmp_path: Path) -> 
     with step("test") as work:
         found = mirrors.fetch(SRC, tmp_path / "to", work, sha512=sha512)
     assert cache.file_digest(found) == cache.file_digest(server.folder / "pub" / SRC)
+
+
+def test_two_releases_that_pin_at_once_lose_no_pin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+
+    def read(path: Path) -> dict[str, object]:
+        pins = cache.read_json(path)
+        with suppress(threading.BrokenBarrierError):  # the other one waits for its turn
+            both.wait(0.3)
+        return pins
+
+    monkeypatch.setattr(mirror, "read_json", read)
+    mirrors = mirror.Mirrors(("",), tmp_path / "pins.json")
+    pin = [threading.Thread(target=mirrors._pin, args=(name, "0")) for name in "ab"]
+    for thread in pin:
+        thread.start()
+    for thread in pin:
+        thread.join()
+    assert cache.read_json(mirrors.pins) == {"a": "0", "b": "0"}
 
 
 def test_file_that_has_changed_on_the_mirror_is_an_error(pub: Path, server: Server) -> None:
@@ -401,7 +477,65 @@ def test_current_is_the_newest_whole_daily_build_and_stays_it(
     assert {path.split("/")[3] for path, _ in server.asked} == {"20261121101010Z"}
 
 
+def test_parts_of_current_are_of_one_build_when_the_mirror_drops_it(
+    pub: Path, server: Server, tree: Path
+) -> None:
+    head = pub / "NetBSD-daily/HEAD"
+    fill(head / "20261120101010Z", tree)
+    settings = config.load(release="current", mirror=f"{server.url}/pub")
+    source_ = release_.resolve(settings, "source").source
+    assert source_ is not None
+    shutil.rmtree(head / "20261120101010Z")
+    with pytest.raises(Failure, match="no whole daily build"):
+        release_.resolve(settings, "sets")
+    assert release_.resolve(settings, "source").source == source_, "nothing is dropped without a better one"
+    (tree / "new").write_text("new")
+    fill(head / "20261121101010Z", tree)
+    with pytest.raises(Failure, match=r"20261120101010Z is gone .* 20261121101010Z takes") as caught:
+        release_.resolve(settings, "sets")
+    assert caught.value.hint == "run the same command again"
+    release_.resolve(settings, "source", "sets")
+    assert (source_ / "new").exists()
+
+
+def test_current_that_was_not_begun_takes_the_next_build_by_itself(
+    pub: Path, server: Server, tree: Path
+) -> None:
+    head = pub / "NetBSD-daily/HEAD"
+    fill(head / "20261120101010Z", tree)
+    settings = config.load(release="current", mirror=f"{server.url}/pub")
+    release_.Release(settings).reach()
+    (head / "20261120101010Z").rename(head / "20261121101010Z")
+    assert release_.resolve(settings, "sets").sets is not None
+
+
+def test_folder_without_daily_builds_is_named(pub: Path) -> None:
+    with pytest.raises(mirror.Missing, match=r"NetBSD-daily/HEAD: no such file"):
+        release_.resolve(config.load(release="current", mirror=str(pub)), "source")
+
+
+def test_current_says_that_its_lists_are_not_checked(
+    pub: Path, server: Server, tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(pub / "NetBSD-daily/HEAD/20261120101010Z", tree)
+    release_.resolve(config.load(release="current", mirror=f"{server.url}/pub"), "source")
+    assert "NetBSD current: signature not checked (daily builds" in capsys.readouterr().out
+
+
 # Signatures
+
+
+def sign(pub: Path) -> Path:
+    """Sign the list of the hashes of all that is below NetBSD, as NetBSD does."""
+    lines = []
+    for path in sorted((pub / "NetBSD").rglob("SHA512")):
+        folder = path.parent.relative_to(pub / "NetBSD")
+        lines.append(path.read_text().replace("(", f"({folder}/"))
+    target = pub / "NetBSD/security/hashes/NetBSD-10.1_hashes.asc"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [*GPG, "--yes", "--clear-sign", "-o", str(target)]
+    subprocess.run(command, input="".join(lines).encode(), check=True)
+    return target
 
 
 @pytest.fixture
@@ -409,19 +543,10 @@ def signed(pub: Path) -> Iterator[Path]:
     """The list of the release's hashes, signed with a key that the keyring has as NetBSD's."""
     if shutil.which("gpg") is None:
         pytest.skip("gpg not found (apt-get install gnupg)")
-    gpg = ["gpg", "--batch", "--quiet", "--passphrase", "", "--pinentry-mode", "loopback"]
     who = f"NetBSD Security Officer <{release_.SIGNER}>"
-    lines = []
-    for path in sorted((pub / "NetBSD").rglob("SHA512")):
-        folder = path.parent.relative_to(pub / "NetBSD")
-        lines.append(path.read_text().replace("(", f"({folder}/"))
-    target = pub / "NetBSD/security/hashes/NetBSD-10.1_hashes.asc"
-    target.parent.mkdir(parents=True)
     try:
-        subprocess.run([*gpg, "--quick-generate-key", who, "ed25519", "sign", "never"], check=True)
-        command = [*gpg, "--clear-sign", "-o", str(target)]
-        subprocess.run(command, input="".join(lines).encode(), check=True)
-        yield target
+        subprocess.run([*GPG, "--quick-generate-key", who, "ed25519", "sign", "never"], check=True)
+        yield sign(pub)
     finally:
         subprocess.run(["gpgconf", "--kill", "all"], check=True)
 
@@ -454,9 +579,37 @@ def test_list_signed_by_somebody_else_is_refused(
         get(server, "source")
 
 
-def test_missing_key_is_one_line(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    get(server)
+def test_signed_list_of_another_release_is_refused(pub: Path, server: Server, signed: Path) -> None:
+    (pub / "NetBSD/NetBSD-10.1").rename(pub / "NetBSD/NetBSD-9.4")
+    sign(pub)
+    (pub / "NetBSD/NetBSD-9.4").rename(pub / "NetBSD/NetBSD-10.1")
+    with pytest.raises(Failure, match=r"is not the one that .* signed"):
+        get(server, "source")
+
+
+def test_server_without_the_signed_list_does_not_switch_the_check_off(server: Server, signed: Path) -> None:
+    signed.unlink()
+    with pytest.raises(Failure, match=f"signature not checked .*{signed.name}: HTTP 404") as caught:
+        get(server, "source")
+    assert "--mirror" in caught.value.hint
+    assert not any("src" in name for name in left())
+
+
+def test_folder_without_the_signed_list_is_one_line(
+    pub: Path, signed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signed.unlink()
+    release_.resolve(config.load(release="10.1", mirror=str(pub)))
     assert capsys.readouterr().out.count("signature not checked") == 1
+
+
+def test_missing_key_is_one_line_that_takes_it_from_no_mirror(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    get(server)
+    said = capsys.readouterr().out
+    assert said.count("signature not checked (gpg --fetch-keys https://cdn.NetBSD.org/pub/NetBSD/") == 1
+    assert server.url not in said
 
 
 # Archives
@@ -499,26 +652,66 @@ def test_file_outside_the_source_is_left_where_it_is(pub: Path, server: Server) 
     assert not any("evil" in name for name in left())
 
 
+def unpack(target: Path, *archives: Path, links: bool = True) -> None:
+    with step("test") as work:
+        archive.unpack(archives, target, lambda name: name.removeprefix("usr/src/"), work, links=links)
+
+
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "victim").mkdir()
     link = attack("lib/a", tarfile.SYMTYPE, str(tmp_path / "victim"))
     path = tar(tmp_path / "set.tgz", {}, link, attack("lib/a/evil"))
     with pytest.raises(OSError, match="lib/a"):
-        archive.unpack(path, tmp_path / "to", lambda name: name, links=True)
+        unpack(tmp_path / "to", path)
     assert list((tmp_path / "victim").iterdir()) == []
+
+
+def test_nothing_is_written_through_a_link_of_an_archive_before(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    base = tar(tmp_path / "base.tgz", {}, attack("lib/a", tarfile.SYMTYPE, str(tmp_path / "victim")))
+    comp = tar(tmp_path / "comp.tgz", {"lib/a/evil": b"evil"})
+    with pytest.raises(OSError, match="lib/a"):
+        unpack(tmp_path / "to", base, comp)
+    assert list((tmp_path / "victim").iterdir()) == []
+
+
+def test_sysroot_is_never_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    link = attack("./usr/lib/a", tarfile.SYMTYPE, str(tmp_path / "victim"))
+    tar(tmp_path / "sets/base.tgz", {}, link)
+    tar(tmp_path / "sets/comp.tgz", {"./usr/lib/a/evil": b"evil"})
+    with pytest.raises(OSError, match="usr/lib/a"):
+        programs._sysroot(config.load(sets=str(tmp_path / "sets")))
+    assert list((tmp_path / "victim").iterdir()) == []
+
+
+def test_later_file_takes_the_place_of_a_link(tmp_path: Path) -> None:
+    base = tar(tmp_path / "base.tgz", {}, attack("lib/a", tarfile.SYMTYPE, "b"))
+    comp = tar(tmp_path / "comp.tgz", {"lib/a": b"a"})
+    unpack(tmp_path / "to", base, comp)
+    assert not (tmp_path / "to/lib/a").is_symlink()
+
+
+@pytest.mark.parametrize("headers", [{"path": "usr/src/a\0b"}, {"mtime": "1e30"}, {"mtime": "nan"}])
+def test_value_that_no_file_can_have_is_one_failure(tmp_path: Path, headers: dict[str, str]) -> None:
+    member = attack("usr/src/a")
+    member.pax_headers = headers
+    path = tar(tmp_path / "src.tgz", {}, member)
+    with pytest.raises(Failure, match=re.escape(str(path))):
+        unpack(tmp_path / "to", path, links=False)
 
 
 def test_links_of_a_set_lead_where_they_did(tmp_path: Path) -> None:
     links = attack("lib/a", tarfile.SYMTYPE, "b.so.1"), attack("lib/c", tarfile.LNKTYPE, "./lib/b.so.1")
     path = tar(tmp_path / "set.tgz", {"./lib/b.so.1": b"b"}, *links)
-    archive.unpack(path, tmp_path / "to", lambda name: name, links=True)
+    unpack(tmp_path / "to", path)
     assert (tmp_path / "to/lib/a").read_bytes() == b"b"
     assert (tmp_path / "to/lib/c").samefile(tmp_path / "to/lib/b.so.1")
 
 
 def test_source_file_has_no_special_bits_and_its_time(tmp_path: Path) -> None:
     path = tar(tmp_path / "src.tgz", {"usr/src/a": b"a"}, attack("usr/src/su", mode=0o6777))
-    archive.unpack(path, tmp_path / "to", lambda name: name.removeprefix("usr/src/"))
+    unpack(tmp_path / "to", path, links=False)
     assert (tmp_path / "to/su").stat().st_mode & 0o7777 == 0o755
     assert (tmp_path / "to/a").stat().st_mode & 0o7777 == 0o644
     assert (tmp_path / "to/a").stat().st_mtime == 1_700_000_000
@@ -626,6 +819,63 @@ def test_package_file_names_lead_nowhere_else(name: str) -> None:
     assert all("/" not in one.file and not one.file.startswith(".") for one in found)
 
 
+def rewrite_summary(pub: Path, change: Callable[[str], str]) -> None:
+    path = pub / ALL / "pkg_summary.gz"
+    path.write_bytes(gzip.compress(change(gzip.decompress(path.read_bytes()).decode()).encode()))
+
+
+def without_checksums(text: str) -> str:
+    return re.sub("FILE_CKSUM=.*\n", "", text)
+
+
+@pytest.mark.parametrize(
+    "change", [without_checksums, lambda text: text.replace("SHA1", "SHAKE_128")], ids=["none", "unknown"]
+)
+def test_package_without_a_checksum_is_refused(
+    pub: Path, server: Server, change: Callable[[str], str]
+) -> None:
+    rewrite_summary(pub, change)
+    with pytest.raises(Failure, match=r"\.tgz: no checksum of it is listed") as caught:
+        get(server, "python")
+    assert server.url in str(caught.value)
+    assert not any(name.endswith(".tgz") for name in left())
+
+
+def test_folder_without_checksums_of_packages_is_one_line_a_package(
+    pub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite_summary(pub, without_checksums)
+    release_.resolve(config.load(release="10.1", mirror=str(pub)), "python")
+    assert capsys.readouterr().out.count("no checksum of it is listed") == 4
+
+
+def test_list_beside_the_packages_stands_in_for_their_checksums(pub: Path, server: Server) -> None:
+    rewrite_summary(pub, without_checksums)
+    lines = [
+        f"SHA512 (All/{path.name}) = {hashlib.sha512(path.read_bytes()).hexdigest()}\n"
+        for path in (pub / ALL).iterdir()
+    ]
+    (pub / ALL).with_name("SHA512.bz2").write_bytes(bz2.compress("".join(lines).encode()))
+    server.faults[f"{ALL}/libffi-3.4.6.tgz"] = Handler.wrong
+    with pytest.raises(Failure, match=r"libffi-3\.4\.6\.tgz is not what the mirror's SHA512 list says"):
+        get(server, "python")
+    del server.faults[f"{ALL}/libffi-3.4.6.tgz"]
+    get(server, "python")
+
+
+def test_list_that_unpacks_without_end_is_refused(
+    pub: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pkgsrc, "_LIST_BYTES", 1 << 20)
+    (pub / ALL).with_name("SHA512.bz2").write_bytes(bz2.compress(bytes(2 << 20)))
+    rewrite_summary(pub, without_checksums)
+    with pytest.raises(Failure, match=r"SHA512\.bz2: it unpacks to more than 1 MiB"):
+        get(server, "python")
+    (pub / ALL / "pkg_summary.gz").write_bytes(gzip.compress(bytes(2 << 20)))
+    with pytest.raises(Failure, match=r"pkg_summary\.gz: it unpacks to more than 1 MiB"):
+        get(server, "python")
+
+
 # Cleaning
 
 
@@ -647,11 +897,110 @@ def test_clean_removes_what_the_settings_do_not_use(
     assert "freed    12 MiB of" in capsys.readouterr().out
     assert all((settings.cache / folder / "file").exists() for folder in used)
     assert not any((settings.cache / folder).exists() for folder in unused)
-    other = settings.cache / "build/mine"
-    other.mkdir()
+
+
+def test_clean_all_leaves_nothing_but_its_own_log_and_what_is_not_ours(server: Server) -> None:
+    get(server)
+    ours = ["accelerators.json", "bench-host.json", "bench/full.json", "bench/host.json"]
+    ours += ["bench/throughput.svg", "hosts/nb1-22.xml", "image/.lock", "log/build-kernel.log", "log/up.log"]
+    ours += ["regress/libkqueue-test", "run/a/.lock", "run/a/console.log", "stress/corpus/0a"]
+    ours += ["stress/crash-0a", "suite/.lock"]
+    ours += ["stress/patched-2.xml", "timings/clean.json"]
+    others = ["build/mine/file", "log/clean.log", "log/kern.log", "mine.json", "run/dbus/pid"]
+    top = config.load().cache
+    for name in ours + others:
+        cache.write_whole(top / name, "x")
+    before = left()
+    clean.clean(config.load(release="10.1"), everything=True, dry_run=True)
+    assert left() == before
     clean.clean(config.load(release="10.1"), everything=True)
-    assert left() == []
-    assert other.is_dir()
+    assert left() == sorted(others)
+    assert list(top.rglob(".lock")) == []
+    folders = {path.name for path in top.iterdir() if path.is_dir()}
+    assert not folders & {"bench", "hosts", "regress", "stress", "suite", "timings"}
+    assert not (top / "run/a").exists()
+
+
+def test_clean_knows_the_log_of_every_command() -> None:
+    commands = {name.rpartition(".")[2] for name in tasks.namespace.task_names}
+    assert commands == {*clean._COMMANDS.split("|"), "clean"}
+
+
+@contextmanager
+def clean_waits_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, everything: bool = False
+) -> Iterator[Path]:
+    """Hold a folder as somebody who works in it does, until clean() waits for that and the context ends."""
+    waits = threading.Event()
+    monkeypatch.setattr(cache, "say", lambda text: waits.set())
+    with ThreadPoolExecutor(1) as pool:
+        with cache.locked(folder):
+            done = pool.submit(clean.clean, config.load(release="10.1"), everything=everything)
+            assert waits.wait(5)
+            yield folder
+        done.result()
+
+
+@contextmanager
+def guest(image: Path, folder: Path, sockets: Path) -> Iterator[None]:
+    """What a guest that runs leaves in the cache, and the lock that its QEMU holds."""
+    sockets.mkdir()
+    fields = {"name": folder.name, "variant": "stock", "netbsd": "10.1", "kernel": "/k", "boot": "pvh"}
+    fields |= {"folder": str(folder), "image": str(image), "sockets": str(sockets)}
+    with (sockets / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cache.write_whole(folder / "machine.json", json.dumps(fields))
+        yield
+
+
+@pytest.mark.parametrize("kind", ["image", "sysroot"])
+def test_clean_waits_for_what_is_being_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = config.load().cache / kind
+    cache.write_whole(folder / "0123456789ab.part/file", "x")
+    with clean_waits_for(folder, monkeypatch):
+        (folder / "0123456789ab.part").rename(folder / "0123456789ab")
+    assert (folder / "0123456789ab/file").exists()
+
+
+def test_clean_waits_for_a_build_before_it_takes_the_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    top = config.load().cache
+    cache.write_whole(top / "release/9.4/source/file", "x")
+    with clean_waits_for(top / "build/9.4-abcdef-clang", monkeypatch):
+        assert (top / "release/9.4/source/file").exists()
+    assert not (top / "release/9.4").exists()
+
+
+def test_clean_leaves_the_image_of_a_guest_that_was_started_while_it_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    top = config.load().cache
+    used = top / "image/0123456789ab"
+    cache.write_whole(used / "root.img", "x")
+    with ExitStack() as stack, clean_waits_for(top / "image", monkeypatch):
+        stack.enter_context(guest(used, top / "run/late", tmp_path / "sockets"))
+    assert (used / "root.img").exists()
+    assert f"guest late runs: {used} stays (invoke vm.down --name late)" in capsys.readouterr().out
+
+
+def test_clean_all_leaves_the_folder_of_a_guest_that_was_started_while_it_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = config.load().cache / "run/late"
+    with ExitStack() as stack, clean_waits_for(folder, monkeypatch, everything=True):
+        stack.enter_context(guest(tmp_path, folder, tmp_path / "sockets"))
+    assert (folder / "machine.json").exists()
+    assert "guest late runs" in capsys.readouterr().out
+
+
+def test_clean_all_with_a_guest_that_runs_removes_nothing(tmp_path: Path, server: Server) -> None:
+    get(server, "sets")
+    before = left()
+    top = config.load().cache
+    runs = guest(tmp_path, top / "run/a", tmp_path / "sockets")
+    with runs, pytest.raises(Failure, match="guest a runs") as caught:
+        clean.clean(config.load(release="10.1"), everything=True)
+    assert caught.value.hint == "invoke vm.down --name a"
+    assert left() == sorted([*before, "run/a/machine.json"])
 
 
 def test_clean_takes_what_an_interrupted_download_left(server: Server) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
+import shutil
 import struct
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,6 +117,42 @@ def test_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.glob(".file*")) == []
 
 
+def test_two_threads_can_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, chmod = threading.Barrier(2, timeout=10), Path.chmod
+
+    def wait(path: Path, mode: int) -> None:
+        both.wait()
+        chmod(path, mode)
+
+    monkeypatch.setattr(Path, "chmod", wait)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(cache.write_whole, [tmp_path / "to/file"] * 2, ["content"] * 2))
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["file"]
+
+
+def test_folder_that_is_removed_while_others_wait_for_it_is_held_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, waits, holds, over = tmp_path / "folder", *(threading.Event() for _ in range(3))
+    monkeypatch.setattr(cache, "say", lambda text: waits.set())
+
+    def work() -> None:
+        with cache.locked(folder):
+            holds.set()
+            over.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with cache.locked(folder):
+            done = pool.submit(work)
+            assert waits.wait(10)
+            shutil.rmtree(folder)
+        assert holds.wait(10)
+        with (folder / ".lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        over.set()
+        done.result()
+
+
 def test_half_written_json_reads_as_nothing(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text('{"key": ')
     assert cache.read_json(tmp_path / "m.json") == {}
@@ -209,20 +249,20 @@ def machine(tmp_path: Path, **changes: object) -> qemu.Machine:
 
 
 def test_guest_is_reached_from_this_machine_only(tmp_path: Path) -> None:
-    line = " ".join(qemu.command_line(machine(tmp_path), Path("/d,isk"), memory_mib=512, cpus=2))
+    line = " ".join(qemu.command_line(machine(tmp_path), Path("/d,isk")))
     assert "hostfwd=tcp:127.0.0.1:2222-:22" in line
     assert "restrict=on" in line
     assert "snapshot=on,file=/d,,isk" in line
     assert f"{tmp_path}/a,,b/qmp" in line
     assert "-kernel /k,ernel/netbsd" in line
     assert "-kernel" not in " ".join(
-        qemu.command_line(machine(tmp_path, boot="disk"), Path("/disk"), memory_mib=512, cpus=2)
+        qemu.command_line(machine(tmp_path, boot="disk"), Path("/disk"))
     )
 
 
 def test_only_a_guest_with_a_disk_of_its_own_reboots(tmp_path: Path) -> None:
-    other = qemu.command_line(machine(tmp_path), Path("/disk"), memory_mib=512, cpus=2)
-    line = qemu.command_line(machine(tmp_path, disk="/s,econd"), Path("/disk"), memory_mib=512, cpus=2)
+    other = qemu.command_line(machine(tmp_path), Path("/disk"))
+    line = qemu.command_line(machine(tmp_path, disk="/s,econd"), Path("/disk"))
     assert "-no-reboot" in other and "-no-reboot" not in line
     assert "if=none,id=second,format=raw,file=/s,,econd" in line
     assert line.index("virtio-blk-pci,drive=root") < line.index("virtio-blk-pci,drive=second"), "ld0 and ld1"
