@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from .log import Failure, say, step
 # Where a new kernel comes first.
 NEW = "/netbsd.pykq"
 
-# The old kernel stays, under the name that boot(8) tries as well; no moment is without a /netbsd.
-SWAP = f"ln -f /netbsd /onetbsd && mv {NEW} /netbsd && sync"
+# The old kernel stays, under the name that boot(8) tries as well; no moment is without a /netbsd, and the
+# first sync is for a power cut that would leave the new name without all of the new content.
+SWAP = f"ln -f /netbsd /onetbsd && sync && mv {NEW} /netbsd && sync"
+
+# For what takes seconds, over a connection that may have died.
+_WITHIN_S = 60
 
 # What a machine is, a line each.
 _LOOK = {
@@ -27,7 +32,8 @@ _LOOK = {
     "machine": "uname -m",
     "netbsd": "uname -r",
     "version": "sysctl -n kern.version | head -n 1",
-    "booted": "sysctl -n machdep.booted_kernel 2>/dev/null || echo netbsd",
+    # The kernel that runs has booted; what /netbsd is now may never have, and must not become /onetbsd.
+    "runs": 'grep -qF "$(sysctl -n kern.version | head -n 1)" /netbsd && echo /netbsd',
     "user": "id -u",
     "sha256": "cksum -a SHA256 /netbsd",
     "free_kib": "df -kP / | awk 'END { print $4 }'",
@@ -39,8 +45,9 @@ def install(settings: Settings, host: str, *, ssh_config: Path | None = None, ye
 
     host is a name of the user's ssh_config, or user@host:port.  Without yes
     this only says what it would do.  Raises Failure when the kernel is not of
-    the release and the configuration that the machine runs, and where
-    anything else speaks against it.  The machine is not rebooted.
+    the release and the configuration that the machine runs, when the machine
+    does not run its /netbsd, and where anything else speaks against it.  The
+    machine is not rebooted.
     """
     folder = kernel_folder(select(settings), "patched")
     manifest = read_json(folder / "manifest.json")
@@ -49,29 +56,30 @@ def install(settings: Settings, host: str, *, ssh_config: Path | None = None, ye
     kernel = (folder / "netbsd").read_bytes()
     with hosts.connect(host, ssh_config=ssh_config) as connection:
         there = _look(connection)
-        _check(host, there, manifest, len(kernel))
-        say(f"{host}: {there['version']}")
         if manifest["sha256"] in there["sha256"]:
             say("this kernel is its /netbsd already; shutdown -r now boots it, if it has not yet")
             return
+        _check(host, there, manifest, len(kernel))
+        say(f"{host}: {there['version']}")
         if not yes:
             say(f"would copy {folder / 'netbsd'} to {NEW}, then: {SWAP}; with --yes it does")
             return
         with step(f"patched kernel to {host}"):
-            put(connection, kernel, manifest["sha256"])
-            _run(connection, SWAP)
+            _put(connection, kernel, manifest["sha256"])
     say("shutdown -r now boots it")
     say("to go back: boot onetbsd at the boot prompt; then, or at once: mv /onetbsd /netbsd")
 
 
-def put(connection: Connection, kernel: bytes, sha256: str) -> None:
-    """Copy a kernel to its place beside /netbsd, whole or not at all."""
+def _put(connection: Connection, kernel: bytes, sha256: str) -> None:
+    """Make a kernel the machine's /netbsd, or leave nothing of it there."""
     try:
         guest.feed(connection, f"cat > {NEW} && chmod 755 {NEW}", kernel)
         if sha256 not in _run(connection, f"cksum -a SHA256 {NEW}"):
             raise Failure("the kernel did not arrive whole", hint="try again")
+        _run(connection, SWAP)
     except BaseException:
-        connection.run(f"rm -f {NEW}", hide=True, warn=True, in_stream=False)
+        with suppress(Exception):  # the connection may be what failed
+            connection.run(f"rm -f {NEW}", hide=True, warn=True, in_stream=False, timeout=_WITHIN_S)
         raise
 
 
@@ -96,15 +104,16 @@ def _check(host: str, there: dict[str, str], manifest: dict[str, Any], size_byte
             f"{host} runs {there['version']}, the kernel has the configuration {manifest['config']}",
             hint="build and install with the --config that the machine runs, such as GENERIC",
         )
-    if there["booted"].lstrip("/") != "netbsd":
-        raise Failure(
-            f"{host} has booted {there['booted']}, which could get lost",
-            hint="boot /netbsd, or make it what runs now",
-        )
     if there["user"] != "0":
         raise Failure(f"on {host} you are not root", hint=f"--host root@{host.rpartition('@')[2]}")
-    if int(there["free_kib"]) * 1024 < 2 * size_bytes:
-        raise Failure(f"{host} has {there['free_kib']} KiB free on /", hint="make room for two kernels")
+    if not there["runs"]:
+        raise Failure(
+            f"{host} does not run what is its /netbsd, and the kernel that does run could get lost",
+            hint="reboot into /netbsd, or take the old one back first: mv /onetbsd /netbsd",
+        )
+    free = there["free_kib"]  # nothing, where df knows nothing
+    if not free.isdecimal() or int(free) * 1024 < 2 * size_bytes:
+        raise Failure(f"{host} has {free or 'unknown'} KiB free on /", hint="make room for two kernels")
 
 
 def _run(connection: Connection, command: str) -> str:

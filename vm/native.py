@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shlex
 import shutil
 import time
 from collections import deque
@@ -30,7 +33,7 @@ from .build import (
 from .cache import digest, file_digest, locked, read_json
 from .config import Settings
 from .image import SETS, build_image, image_tools
-from .log import BuildFailed, Failure, logger, say, step
+from .log import BuildFailed, Failure, GuestDied, logger, say, step
 from .run import run, uninterrupted
 from .source import mirror
 
@@ -43,6 +46,16 @@ _TOP = "/usr/src"
 _OBJ = f"{_TOP}/obj"
 _FREE_MIB = 400
 _FREE_INODES = 10000
+
+# An estimate needs so many objects; the first ones are assembler and small.
+_FIRST = 20
+
+# Emulated, the largest object takes minutes, and so does the link, of which make says nothing meanwhile.
+_SILENT_S = 1800
+_RUN_WITHIN_S = 600
+# These two are waited for without a way out: for a guest to take a command, and to put its disk away.
+_ANSWERS_WITHIN_S = 15
+_UNMOUNT_WITHIN_S = 60
 
 # The disk's mark that it is in use, or was when the guest died.
 _OPEN = f"{_TOP}/.open"
@@ -81,7 +94,7 @@ def build_in_guest(settings: Settings, *, cpus: int = 2) -> None:
     if before.get("key") == key and before.get("in_guest"):
         say(f"patched kernel, built in a guest: up to date ({folder / 'netbsd'})")
         return
-    with locked(builder.root / "in-guest"):
+    with locked(qemu.folder_of(settings, f"{NAME}-lock")):  # for all sources: the guest has one name
         disk = _disk(builder, digest(inputs, file_digest(fit.port.path)))
         built, about = _in_guest(builder, fit, disk, stock["objects"], cpus)
         path = disk.with_name("netbsd")
@@ -114,9 +127,12 @@ def _in_guest(
         boot="disk",  # only then is the kernel that boots the one that is installed
         folder=str(qemu.folder_of(builder.settings, NAME)),
         disk=str(disk),
+        cpus=cpus,
+        memory_mib=_MEMORY_MIB,
     )
+    qemu.down(builder.settings, NAME)  # of a command that was killed; it would write to the same disk
     image = partial(build_image, builder, kernel, sets=_SETS)
-    machine = qemu.start(builder.settings, wanted, image, memory_mib=_MEMORY_MIB, cpus=cpus, saved=False)
+    machine = qemu.start(builder.settings, wanted, image, saved=False)
     began = time.monotonic()
     try:
         with guest.connect(machine) as connection:
@@ -129,7 +145,8 @@ def _in_guest(
                 _run(connection, f"install -m 755 {_OBJ}/netbsd {install.NEW} && {install.SWAP}")
             finally:
                 with uninterrupted(), suppress(Exception):  # the guest may be dead
-                    _run(connection, _UNMOUNT)
+                    connection.transport.channel_timeout = _ANSWERS_WITHIN_S  # an hour is paramiko's own
+                    _run(connection, _UNMOUNT, within_s=_UNMOUNT_WITHIN_S)
         qemu.reboot(machine, partial(_order, machine, "reboot"))
         _check(machine)
     finally:
@@ -148,6 +165,7 @@ def _disk(builder: Builder, key: str) -> Path:
     makefs = image_tools(builder) / "nbmakefs"
     for path in folder.glob("*.img"):
         path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
     staging, part = folder / "src", disk.with_suffix(".part")
     try:
         with step("disk with the sources"):
@@ -175,34 +193,82 @@ def _compiler(connection: Connection) -> str:
     return lines[5]
 
 
+def _patch(connection: Connection, fit: patches.Fit) -> None:
+    """Apply the port, unless the files on the disk are as the port makes them."""
+    names = shlex.join(sorted(fit.patched))
+    wanted = {hashlib.sha256(text).hexdigest() for text in fit.patched.values()}
+
+    def done() -> bool:
+        return wanted <= set(_run(connection, f"cd {_TOP} && cksum -a SHA256 {names} || true").split())
+
+    if done():
+        return
+    with step(f"patch(1) in the guest: {fit.port.name}"):
+        # A crash may have left some files patched, or none of their content: begin with the stock ones.
+        for name, text in fit.stock.items():
+            guest.feed(connection, f"cat > {shlex.quote(f'{_TOP}/{name}')}", text)
+        guest.feed(connection, f"cd {_TOP} && patch -s -f -p1", fit.port.path.read_bytes())
+        if not done():
+            raise BuildFailed(f"the guest's patch(1) makes of {fit.port.name} what this host's does not")
+
+
 def _build(connection: Connection, fit: patches.Fit, config: Path, expected: int, cpus: int) -> int:
     """Apply the port, configure and make; return how many objects the kernel has."""
-    if not fit.already:
-        command = f"cd {_TOP} && {{ test -e .patched || {{ patch -s -f -p1 && touch .patched; }}; }}"
-        with step(f"patch(1) in the guest: {fit.port.name}"):
-            guest.feed(connection, command, fit.port.path.read_bytes())
-    conf = f"{_TOP}/sys/arch/{MACHINE}/conf"
-    guest.feed(connection, f"cat > {conf}/{config.name}", config.read_bytes())
-    _run(connection, f"cd {conf} && config -b {_OBJ} -s {_TOP}/sys {config.name}")
+    _patch(connection, fit)
+    conf, name = f"{_TOP}/sys/arch/{MACHINE}/conf", shlex.quote(config.name)
+    guest.feed(connection, f"cat > {conf}/{name}", config.read_bytes())
+    command = f"cd {conf} && config -b {_OBJ} -s {_TOP}/sys {name}"
+    configured = connection.run(command, hide=True, warn=True, in_stream=False, timeout=_RUN_WITHIN_S)
+    if configured.exited:
+        raise BuildFailed(
+            f"the guest's config(1) does not take {config.name}",
+            hint="are the sets older than the source? --source, or --sets, names another",
+            tail=configured.stderr[-2000:],
+        )
     done = int(_run(connection, f"find {_OBJ} -name '*.o' | wc -l"))
-    recent: deque[str] = deque(maxlen=15)
     with step(f"kernel {config.name} in the guest, {cpus} processors") as work:
         compiled = Counter(work, COMPILED, max(0, expected - done))
-        # Without make depend, which reads every file once more: nothing is built yet that could be stale.
-        # And without Fabric, whose run() goes on after a Ctrl-C.
-        command = f"cd {_OBJ} && BUILDID={ID} make -j {cpus} netbsd 2>&1"
-        _, stdout, _ = connection.client.exec_command(command)
+        _make(connection, compiled, max(0, expected - done), cpus)
+        work.note = f"{compiled.count} objects"
+    return done + compiled.count
+
+
+def _make(connection: Connection, compiled: Counter, expected: int, cpus: int) -> None:
+    """Make the kernel; say early how long that will take."""
+    recent: deque[str] = deque(maxlen=15)
+    began = time.monotonic()
+    # Without make depend, which reads every file once more: nothing is built yet that could be stale.
+    # And without Fabric, whose run() goes on after a Ctrl-C.
+    command = f"cd {_OBJ} && BUILDID={ID} make -j {cpus} netbsd 2>&1"
+    try:
+        _, stdout, _ = connection.client.exec_command(command, timeout=_SILENT_S)
         for line in stdout:
             recent.append(line.rstrip())
             logger.info("%s", recent[-1])
+            before = compiled.count
             compiled(line)
-        status = stdout.channel.recv_exit_status()
-        if status < 0:
-            raise EOFError("it closed")
-        if status:
-            raise BuildFailed(f"make ended in the guest with status {status}", tail="\n".join(recent))
-        work.note = f"{compiled.count} objects"
-    return done + compiled.count
+            if before < compiled.count == _FIRST < expected:
+                _estimate((time.monotonic() - began) / _FIRST * expected, expected, cpus)
+        if not stdout.channel.status_event.wait(_SILENT_S):
+            raise TimeoutError
+    except TimeoutError:
+        raise GuestDied(
+            f"make in the guest has said nothing for {_SILENT_S / 60:.0f} minutes",
+            hint="the same command goes on where it stopped",
+            tail="\n".join(recent),
+        ) from None
+    status = stdout.channel.exit_status
+    if status < 0:
+        raise EOFError("it closed")
+    if status:
+        raise BuildFailed(f"make ended in the guest with status {status}", tail="\n".join(recent))
+
+
+def _estimate(seconds: float, objects: int, cpus: int) -> None:
+    """Say how long a build will take by its first objects."""
+    host = os.cpu_count() or 1
+    more = f"; this host has {host} processors: --cpus {host}" if host > cpus else ""
+    say(f"by the first {_FIRST} of {objects} objects: some {seconds / 60:.0f} min{more}")
 
 
 def _order(machine: qemu.Machine, command: str) -> None:
@@ -223,7 +289,7 @@ def _check(machine: qemu.Machine) -> None:
         raise Failure("that is not the kernel that was built", hint=where)
 
 
-def _run(connection: Connection, command: str) -> str:
+def _run(connection: Connection, command: str, *, within_s: int = _RUN_WITHIN_S) -> str:
     """Run a command in the guest; return its output."""
-    result: Any = connection.run(command, hide=True, in_stream=False)
+    result: Any = connection.run(command, hide=True, in_stream=False, timeout=within_s)
     return str(result.stdout)

@@ -32,7 +32,8 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "asleep": ("asleep_ns",),
     "p50": ("round_trip_ns", "p50"),
     "p99": ("round_trip_ns", "p99"),
-    "behind": ("behind_ns", "p50"),
+    "note": ("behind_note_ns", "p50"),
+    "event": ("behind_event_ns", "p50"),
     "lost": ("lost",),
 }
 
@@ -74,15 +75,20 @@ def diff() -> str:
 def letter(figures: dict[str, Any]) -> str:
     """Return the letter with the figures of what tests/c/rivals.c measured in a patched guest."""
     run = min(_guests(figures), key=lambda run: abs(run["cpus"] - 2))
-    machine = figures["machine"]
+    machine = {"qemu": "?", "cpu": "?", "date": "?"} | figures.get("machine", {})
     rows = [["", *_COLUMNS]]
     for name, way in run["c"]["ways"].items():
-        rows.append([name, *(f"{_figure(way, path):.0f}" for path in _COLUMNS.values())])
+        rows.append([name, *(_figure(way, path) for path in _COLUMNS.values())])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return Template((PARTS / "letter.txt").read_text()).substitute(
         how=f"NetBSD {run['netbsd']}, {run['where']}, {run['cpus']} CPUs, QEMU {machine['qemu']}\n"
         f"on {machine['cpu']}, {machine['date']}",
         rounds=run["c"]["rounds"],
-        table="\n".join(f"  {row[0]:<14}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows),
+        table="\n".join(
+            f"  {row[0]:<{widths[0]}}"
+            + "".join(f" {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+            for row in rows
+        ),
     )
 
 
@@ -92,11 +98,13 @@ def _guests(figures: dict[str, Any]) -> list[dict[str, Any]]:
     return [run for run in runs if run["variant"] == "patched" and run["where"] != "rump kernel"]
 
 
-def _figure(way: Any, path: tuple[str, ...]) -> float:
-    """Return a figure of a way of waking, the median where there is one for each round."""
+def _figure(way: Any, path: tuple[str, ...]) -> str:
+    """Return a figure of a way of waking, the median where there is one for each round; - for none."""
     for name in path:
-        way = way[name]
-    return float(statistics.median(way) if isinstance(way, list) else way)
+        way = way.get(name) if isinstance(way, dict) else None
+    if way is None or way == []:
+        return "-"
+    return f"{statistics.median(way) if isinstance(way, list) else way:.0f}"
 
 
 def manual_page(page: str) -> str:

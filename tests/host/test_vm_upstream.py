@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vm import patches, upstream
+from vm import patches, rivals, upstream
 from vm.log import Failure
 
 # As much of a manual page as the patch needs to find its places.
@@ -47,9 +49,33 @@ The function first appeared in
 NEWEST = PAGE.format(date="October 22, 2021", version="10.0")
 
 
+# What invoke bench --full keeps, as far as the letter takes from it: vm.rivals and tests/c/rivals.c make it.
+WAY = {
+    "calls": 1,
+    "descriptors": 0,
+    "lost": 0,
+    "awake_ns": [310.2, 305.7, 1290.0],
+    "asleep_ns": [4120.0, 4125.5, 4121.0],
+    "round_trip_ns": {"p50": [61000, 62000, 63000], "p99": [90500, 91500, 92500], "p999": [1, 1, 1]},
+    "behind_note_ns": {"p50": [7000, 7001, 7002]},
+}
+EVENT = {"behind_event_ns": {"p50": [1234567, 1234567, 1234567]}}
+WAYS = {"KQUEUE_TICKLE": WAY, "EVFILT_USER": WAY | EVENT, "pipe": WAY | EVENT | {"descriptors": 2}}
+RUN = {"where": "guest (tcg)", "variant": "patched", "netbsd": "10.99.12", "cpus": 2, "python": None}
+RUN |= {"c": {"rounds": 3, "ways": WAYS}}
+OTHERS = [
+    RUN | {"variant": "stock", "c": {}},
+    RUN | {"where": "rump kernel", "c": {}},
+    RUN | {"cpus": 4, "c": {}},
+]
+FIGURES = {"machine": {"cpu": "A $CPU", "qemu": "7.2", "date": "2026-01-31"}, "runs": [*OTHERS, RUN]}
+
+
 @pytest.fixture
 def mails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which the mails of somebody called A. Hacker are."""
+    """The folder in which the mails of somebody called A. Hacker are, who has measured."""
+    monkeypatch.setattr(upstream, "FIGURES", tmp_path / "bench.json")
+    upstream.FIGURES.write_text(json.dumps(FIGURES))
     monkeypatch.setenv("GIT_AUTHOR_NAME", "A. Hacker")
     monkeypatch.setenv("GIT_AUTHOR_EMAIL", "hacker@example.org")
     upstream.write(tmp_path / "mails")
@@ -114,12 +140,34 @@ def test_without_figures_the_letter_is_left_out(
     assert "invoke bench" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not upstream.FIGURES.exists(), reason="needs tests/results/bench.json")
 def test_the_letter_has_every_way_that_was_measured(mails: Path) -> None:
     letter = (mails / "0000-cover-letter.patch").read_text()
-    assert "$" not in letter
-    assert all(f"\n  {way} " in letter for way in ("KQUEUE_TICKLE", "EVFILT_USER", "pipe"))
+    assert re.match(r"From: A\. Hacker <hacker@example\.org>\nDate: .*\nTo: tech-kern@.*\nSubject: ", letter)
+    assert "NetBSD 10.99.12, guest (tcg), 2 CPUs, QEMU 7.2\non A $CPU, 2026-01-31:\n" in letter
+    assert "medians of 3 rounds" in letter
+    assert not re.search(r"\$\{?[a-z]", letter), "a name without its figure"
+    table = [line.split() for line in letter.partition("within a round.\n\n")[2].splitlines()[:4]]
+    assert table == [
+        ["calls", "fds", "awake", "asleep", "p50", "p99", "note", "event", "lost"],
+        ["KQUEUE_TICKLE", "1", "0", "310", "4121", "62000", "91500", "7001", "-", "0"],
+        ["EVFILT_USER", "1", "0", "310", "4121", "62000", "91500", "7001", "1234567", "0"],
+        ["pipe", "1", "2", "310", "4121", "62000", "91500", "7001", "1234567", "0"],
+    ]
     assert max(map(len, letter.partition("\n\n")[2].splitlines())) <= 80
+
+
+def test_a_figure_that_was_not_measured_is_a_dash() -> None:
+    run = RUN | {"c": {"rounds": 3, "ways": {"pipe": {"calls": 2, "awake_ns": []}}}}
+    table = upstream.letter({"runs": [run]}).splitlines()
+    assert ["pipe", "2", *8 * "-"] in [line.split() for line in table]
+
+
+def test_the_letter_takes_what_bench_keeps() -> None:
+    """The names of the figures are those that tests/c/rivals.c writes, or vm.rivals."""
+    made = upstream.FIGURES.parents[1].joinpath("c/rivals.c").read_text()
+    made += Path(rivals.__file__).read_text()
+    taken = {name for path in upstream._COLUMNS.values() for name in path} - {"calls"}
+    assert {name for name in taken | {*RUN, *FIGURES, *FIGURES["machine"]} if name not in made} == set()
 
 
 @pytest.mark.parametrize("date, version", [("October 22, 2021", "10.0"), ("March 2, 2015", "6.0")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +12,8 @@ import pytest
 
 from vm import config, guest, image, install, qemu
 from vm.build import kernel_folder, select
-from vm.cache import read_json
+from vm.cache import file_digest, read_json
+from vm.log import Failure
 
 SETTINGS = config.load()
 
@@ -51,6 +53,18 @@ def ssh_config(machine: qemu.Machine, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """The folder of a patched kernel that is a byte longer."""
+    patched = kernel_folder(select(SETTINGS), "patched")
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "netbsd").write_bytes((patched / "netbsd").read_bytes() + b"\0")
+    manifest = read_json(patched / "manifest.json") | {"sha256": file_digest(folder / "netbsd")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
 def on(machine: qemu.Machine, command: str) -> str:
     with guest.connect(machine) as connection:
         output: str = connection.run(command, hide=True, warn=True, in_stream=False).stdout
@@ -66,7 +80,11 @@ def reboot(machine: qemu.Machine) -> None:
 
 
 def test_the_kernel_is_installed_when_told_to_and_taken_back(
-    machine: qemu.Machine, ssh_config: Path, capsys: pytest.CaptureFixture[str]
+    machine: qemu.Machine,
+    ssh_config: Path,
+    other: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     builder = select(SETTINGS)
     stock, patched = (
@@ -85,6 +103,12 @@ def test_the_kernel_is_installed_when_told_to_and_taken_back(
     assert patched in on(machine, "cksum -a SHA256 /netbsd")
     assert stock in on(machine, "cksum -a SHA256 /onetbsd")
     assert "pykq-stock" in on(machine, "uname -v")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(install, "kernel_folder", lambda *_: other)
+        with pytest.raises(Failure, match="does not run what is its /netbsd"):
+            install.install(SETTINGS, "box", ssh_config=ssh_config, yes=True)
+    assert stock in on(machine, "cksum -a SHA256 /onetbsd"), "which has booted"
 
     reboot(machine)
     assert "pykq-patched" in on(machine, "uname -v")
