@@ -327,7 +327,8 @@ def demo(
     | {
         "loop": "also time an edit of kern_event.c to the verdict of the rules on both rump kernels",
         "host": "instead, time boots, an edit to the first test in a guest, and a build of nothing",
-        "full": "both kernels, in guests of their own with 1, 2 and 4 CPUs, and as rump kernels",
+        "full": "both kernels, in guests of their own with 1, 2 and 4 CPUs, and as rump kernels; with --host,"
+        " a build from nothing, too",
         "json": "print it as JSON",
     }
 )
@@ -346,7 +347,7 @@ def bench(
     """Measure a tickle beside its rivals, in the guest when it is up and on the rump kernel."""
     settings = _settings(release=release, mirror=mirror, source=source, toolchain=toolchain)
     if host:
-        bench_.run_host(resolve(settings), as_json=json)
+        bench_.run_host(resolve(settings), full=full, as_json=json)
     else:
         bench_.run(settings, name=name, loop=loop, full=full, as_json=json)
 
@@ -354,7 +355,8 @@ def bench(
 @command(
     help={name: text for name, text in GUEST.items() if name != "config"}
     | {
-        "rounds": "tickles to be sent and answered in the guests, and on the rump kernel (default 6 million)",
+        "rounds": "tickles to be accounted for in guests (default 6 million); half as many on rump kernels,"
+        " a twentieth with LOCKDEBUG",
         "minutes": "how long each fuzzer runs (default 5)",
     }
 )
@@ -444,6 +446,8 @@ def up(
         toolchain=toolchain,
         kernel_config=config,
     )
+    if dry_run and show(settings):
+        return
     qemu.up(
         resolve(settings),
         variant=kernel,

@@ -10,13 +10,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections import deque
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from .config import RELEASE_PARTS, Settings
-from .log import Failure, say, show
+from .log import Failure, logger, say, show, step
 from .mirror import WAYS_ON
 from .packages import install_command
 from .qemu import QEMU, accelerators
@@ -47,6 +49,10 @@ _ROOM_GIB = 4  # the build of one release
 # A boot sector that writes K to the first serial port, and halts.
 _BOOT_SECTOR = b"\xba\xf8\x03\xb0K\xee\xf4".ljust(510, b"\0") + b"\x55\xaa"
 _RUNS_WITHIN_S = 4.0
+
+# Of what installs packages: the last lines when it fails, and how much of a line while it works.
+_TAIL_LINES = 15
+_SHOWN_COLUMNS = 60
 
 
 @dataclass(frozen=True)
@@ -117,14 +123,41 @@ def examine(settings: Settings, *, install: bool = False, as_json: bool = False)
 
 
 def _install(command: list[str]) -> None:
-    """Run the command that installs packages; its output goes to the screen."""
+    """Run the command that installs packages."""
     steps = [command]
     if "apt-get" in command:  # whose lists a fresh system does not have
         steps.insert(0, [*command[: command.index("apt-get") + 1], "update", "-q"])
     for words in steps:
-        say(shlex.join(words))
-        if subprocess.run(words, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}).returncode:
-            raise Failure(f"{shlex.join(words)} failed", hint="its output is above")
+        _watch(words)
+
+
+def _watch(words: list[str]) -> None:
+    """Run a program that installs, its output into the log, its last line on the screen.
+
+    Unlike with vm.run.watch() it keeps the terminal, on which sudo asks for a
+    password; so the step begins when it has said something.
+    """
+    say(shlex.join(words))
+    recent: deque[str] = deque(maxlen=_TAIL_LINES)
+    with subprocess.Popen(
+        words,
+        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process, ExitStack() as stack:
+        assert process.stdout is not None
+        work = None
+        for line in process.stdout:
+            work = work or stack.enter_context(step("packages"))
+            recent.append(line.rstrip())
+            logger.info("%s", recent[-1])
+            work.update(recent[-1][:_SHOWN_COLUMNS])
+        if process.wait():
+            what = f"{shlex.join(words)} failed with status {process.returncode}"
+            raise Failure(what, tail="\n".join(recent))
 
 
 def _version(path: str) -> str:
@@ -181,9 +214,11 @@ def runs_code(accelerator: str) -> bool:
             line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as process:
             assert process.stdout is not None
-            ready, _, _ = select.select([process.stdout], [], [], _RUNS_WITHIN_S)
-            said = process.stdout.read(1) if ready else b""
-            process.kill()
+            try:
+                ready, _, _ = select.select([process.stdout], [], [], _RUNS_WITHIN_S)
+                said = process.stdout.read(1) if ready else b""
+            finally:
+                process.kill()
     return said == b"K"
 
 

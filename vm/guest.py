@@ -31,13 +31,18 @@ ROOT = Path(__file__).resolve().parent.parent
 _WHEELS = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
 _LEXERS = ("__init__.", "_mapping.", "diff.", "python.")  # of pygments' 200, 7 MB, those that pytest loads
 
+# In what installed() makes: the process group of what runs there.
+_GROUP = ".group"
+
 # For Fabric: what runs there reads nothing from here.
 NO_INPUT = {"run": {"in_stream": False}}
 
 _CONNECT_WITHIN_S = 5
+_CLOSED = "it was closed"  # Fabric says status -1, and goes on
 _SILENT = ("No existing session", "Error reading SSH protocol banner")  # paramiko's words
 _DIES_WITHIN_S = 3.0
 _COPY_WITHIN_S = 60
+_TIDY_WITHIN_S = 10
 _TESTS_WITHIN_S = 900
 
 
@@ -95,18 +100,13 @@ def connect(machine: Machine) -> Iterator[Connection]:
             tail=machine.last_lines(),
         ) from error
     except (paramiko.SSHException, OSError, EOFError) as error:
-        deadline = time.monotonic() + _DIES_WITHIN_S
-        while time.monotonic() < deadline:  # a connection breaks before QEMU ends
-            machine.raise_if_dead()
-            time.sleep(0.05)
-        cause = f"its sshd says nothing for {_CONNECT_WITHIN_S} s" if str(error) in _SILENT else error
-        raise GuestDied(
-            f"the connection to guest {machine.name} failed: {cause}",
-            hint=f"its console is in {machine.console_log}",
-        ) from error
+        silent = f"its sshd says nothing for {_CONNECT_WITHIN_S} s"
+        raise _lost(machine, silent if str(error) in _SILENT else str(error)) from error
     except UnexpectedExit as error:
-        machine.raise_if_dead()
         result = error.result
+        if result.exited < 0:
+            raise _lost(machine, _CLOSED) from error
+        machine.raise_if_dead()
         raise Failure(
             f"in the guest, {result.command!r} ended with status {result.exited}", tail=result.stderr[-2000:]
         ) from error
@@ -115,6 +115,18 @@ def connect(machine: Machine) -> Iterator[Connection]:
         closing = threading.Thread(target=_close, args=(connection,), daemon=True)
         closing.start()
         closing.join(_CONNECT_WITHIN_S)  # paramiko waits for ever when the network is gone
+
+
+def _lost(machine: Machine, cause: str) -> GuestDied:
+    """Say what broke a connection; raise what killed the guest, if that is why."""
+    deadline = time.monotonic() + _DIES_WITHIN_S
+    while time.monotonic() < deadline:  # a connection breaks before QEMU ends
+        machine.raise_if_dead()
+        time.sleep(0.05)
+    return GuestDied(
+        f"the connection to guest {machine.name} failed: {cause}",
+        hint=f"its console is in {machine.console_log}",
+    )
 
 
 def _close(connection: Connection) -> None:
@@ -132,24 +144,52 @@ def _close_on_death(machine: Machine, connection: Connection, ended: threading.E
 
 @contextmanager
 def installed(connection: Connection, programs: Path | None = None) -> Iterator[str]:
-    """Copy pykq, its tests and pytest into a new folder, which is removed at the end; yield its path."""
+    """Copy pykq, its tests and pytest into a new folder, which is removed at the end; yield its path.
+
+    A shell at the other end removes it, so that nothing stays there when the
+    connection breaks, or this process is killed: then what python() has
+    started is killed first.
+    """
     folder = f"/tmp/pykq-{secrets.token_hex(8)}"  # noqa: S108 mkdir fails when it is there
-    with timed(f"files to {connection.host}, port {connection.port}"):
-        feed(connection, f"mkdir -m 700 {folder} && tar -xf - -C {folder}", archive(programs))
-    yield folder
-    connection.run(f"rm -rf {folder}", hide=True)
+    kill = f"kill -9 -$(cat {folder}/{_GROUP}); sleep 1"
+    command = f"mkdir -m 700 {folder} && echo && {{ read done || {{ {kill}; }}; rm -rf {folder}; }}"
+    keeper, said, errors = connection.client.exec_command(command, timeout=_COPY_WITHIN_S)
+    try:
+        if not said.readline():
+            _expect_success(connection, command, said.channel, errors)
+        with timed(f"files to {connection.host}, port {connection.port}"):
+            feed(connection, f"tar -xzf - -C {folder}", archive(programs))
+        yield folder
+        keeper.write(b"done\n")
+        _expect_success(connection, command, said.channel, errors)
+    finally:
+        with suppress(OSError, EOFError):
+            keeper.channel.shutdown_write()
+            said.channel.status_event.wait(_TIDY_WITHIN_S)
 
 
 def feed(connection: Connection, command: str, content: bytes) -> None:
     """Run a command with content as its input; Invoke would feed that byte by byte."""
     stdin, stdout, stderr = connection.client.exec_command(command, timeout=_COPY_WITHIN_S)
-    stdin.write(content)
-    stdin.channel.shutdown_write()
-    if not stdout.channel.status_event.wait(_COPY_WITHIN_S):
+    try:
+        stdin.write(content)
+        stdin.channel.shutdown_write()
+    except TimeoutError:
+        raise
+    except OSError:  # it has ended, and says why
+        pass
+    _expect_success(connection, command, stdout.channel, stderr)
+
+
+def _expect_success(
+    connection: Connection, command: str, channel: paramiko.Channel, stderr: paramiko.ChannelFile
+) -> None:
+    """Wait for a command's end; raise Failure when it is none that its user wanted."""
+    if not channel.status_event.wait(_COPY_WITHIN_S):
         raise TimeoutError(f"it takes no files within {_COPY_WITHIN_S} s")
-    if stdout.channel.exit_status < 0:
-        raise EOFError("it closed")
-    if stdout.channel.exit_status > 0:
+    if channel.exit_status < 0:
+        raise EOFError(_CLOSED)
+    if channel.exit_status > 0:
         problem = stderr.read().decode(errors="replace")
         raise Failure(f"on {connection.host}, {command!r} failed", hint="is its disk full?", tail=problem)
 
@@ -170,7 +210,8 @@ def python(folder: str, **variables: str) -> str:
     settings = " ".join(f"{name}={value}" for name, value in variables.items())
     found = "ls /usr/pkg/bin/python3.[0-9] /usr/pkg/bin/python3.[0-9][0-9] 2>/dev/null"
     newest = f"python=$({found} | sort -t. -k2n | tail -n 1)"
-    return f"{newest}; cd {folder} && env {settings} ${{python:?there is none in /usr/pkg/bin}}"
+    start = f"echo $$ >{_GROUP} && env {settings} ${{python:?there is none in /usr/pkg/bin}}"
+    return f"{newest}; cd {folder} && {start}"
 
 
 def run_tests(
@@ -194,7 +235,9 @@ def run_tests(
         command += f" {shlex.join([*chosen, 'tests/rules', 'tests/guest'])}"
         with timed(f"tests on {connection.host}, port {connection.port}"):
             done = connection.run(command, hide=True, warn=True, timeout=_TESTS_WITHIN_S)
-        xml = connection.run(f"cat {folder}/junit.xml", hide=True, warn=True)
+        if done.exited < 0:
+            raise EOFError(_CLOSED)
+        xml = connection.run(f"cat {folder}/junit.xml", hide=True, warn=True, timeout=_COPY_WITHIN_S)
     if xml.ok:
         write_whole(report, xml.stdout)
     output = done.stdout + done.stderr
@@ -213,6 +256,8 @@ def run_module(machine: Machine, module: str, *arguments: str, show: bool = True
             warn=True,
             timeout=_TESTS_WITHIN_S,
         )
+        if result.exited < 0:
+            raise EOFError(_CLOSED)
         machine.raise_if_dead()
         if result.exited:
             raise Failure(f"{module} ended with status {result.exited} in guest {machine.name}")
@@ -235,7 +280,7 @@ def ssh_command(machine: Machine, *command: str) -> list[str]:
 
 
 def archive(programs: Path | None = None) -> bytes:
-    """Return a tar archive of pykq, its tests, site/ with pytest, and programs/ where there are some."""
+    """Return a tar.gz of pykq, its tests, site/ with pytest, and programs/ where there are some."""
     files = _ours() | {f"site/{name}": path for name, path in _distributions().items()}
     if programs is not None:
         programs_there = (path for path in programs.iterdir() if path.is_file() and os.access(path, os.X_OK))
@@ -244,7 +289,7 @@ def archive(programs: Path | None = None) -> bytes:
 
 
 def _tar(files: dict[str, Path]) -> bytes:
-    """Return a tar archive of files under the names given."""
+    """Return an archive of files under the names given; packed, as the guest's network is slow."""
 
     def root(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = 0
@@ -252,7 +297,7 @@ def _tar(files: dict[str, Path]) -> bytes:
         return member
 
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.USTAR_FORMAT) as tar:
         for name, path in sorted(files.items()):
             tar.add(path, name, recursive=False, filter=root)
     return buffer.getvalue()

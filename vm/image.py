@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from .archive import inside, opened
 from .build import MACHINE, Builder
 from .cache import digest, locked, read_json, write_whole
+from .config import Settings
 from .log import Failure, Step, step
 from .patches import NoFit
 from .run import need, run
@@ -62,6 +63,11 @@ class Image:
     def disk(self) -> Path:
         """The root disk: a disklabel, and one FFS on partition a."""
         return self.folder / "root.img"
+
+    @property
+    def manifest(self) -> Path:
+        """What it was made from; it is there when the image is whole."""
+        return self.folder / "manifest.json"
 
     @property
     def key(self) -> Path:
@@ -106,7 +112,40 @@ def build_image(builder: Builder, kernel: Path | None = None, *, sets: Sequence[
     blocks.  Raises Failure for sets or a Python that are not there or are not
     what they should be, BuildFailed when a program fails.
     """
-    settings = builder.settings
+    image = image_of(builder, kernel, sets=sets)
+    with locked(image.folder.parent):
+        image.folder.parent.chmod(0o700)  # there are private keys on the disks
+        if read_json(image.manifest):
+            return image
+        archives, page = _archives(builder.settings, sets), _manual_page(builder)
+        tools = image_tools(builder)
+        work_folder = image.folder.with_suffix(".part")
+        shutil.rmtree(work_folder, ignore_errors=True)
+        try:
+            with step("guest image") as work:
+                part = Image(work_folder)
+                _make(part, archives, page, kernel, tools, work)
+                made_of = {"parts": _stamps(archives), "kernel": str(kernel)}
+                write_whole(part.manifest, json.dumps(made_of, indent=1))
+                shutil.rmtree(image.folder, ignore_errors=True)
+                work_folder.rename(image.folder)
+        finally:
+            shutil.rmtree(work_folder, ignore_errors=True)
+        return image
+
+
+def image_of(builder: Builder, kernel: Path | None = None, *, sets: Sequence[str] = SETS) -> Image:
+    """Return where build_image() leaves an image, which may not be there yet; raise its Failures."""
+    ours = {path.name: path.read_text() for path in sorted(GUEST.iterdir())}
+    boots = None if kernel is None else _stamps([kernel])
+    made_by = sys.implementation.cache_tag  # _compile_python
+    parts = _stamps(_archives(builder.settings, sets))
+    key = digest(parts, ours, _manual_page(builder), boots, made_by)
+    return Image(builder.settings.cache / "image" / key)
+
+
+def _archives(settings: Settings, sets: Sequence[str]) -> list[Path]:
+    """Return what a guest's files come from: binary sets, then Python."""
     if settings.sets is None:
         raise Failure(
             "no binary sets for the guest",
@@ -117,31 +156,12 @@ def build_image(builder: Builder, kernel: Path | None = None, *, sets: Sequence[
             "no Python for the guest",
             hint="--python FILE, PYKQ_PYTHON or the configuration file names a tarball rooted at usr/pkg",
         )
-    archives = set_archives(settings.sets, sets) + _packages(settings.python)
-    parts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in archives]
-    ours = {path.name: path.read_text() for path in sorted(GUEST.iterdir())}
-    page = _manual_page(builder)
-    boots = None if kernel is None else (kernel.stat().st_size, kernel.stat().st_mtime_ns)
-    with locked(settings.cache / "image"):
-        (settings.cache / "image").chmod(0o700)  # there are private keys on the disks
-        made_by = sys.implementation.cache_tag  # _compile_python
-        folder = settings.cache / "image" / digest(parts, ours, page, str(kernel), boots, made_by)
-        image = Image(folder)
-        if read_json(folder / "manifest.json"):
-            return image
-        tools = image_tools(builder)
-        work_folder = folder.with_suffix(".part")
-        shutil.rmtree(work_folder, ignore_errors=True)
-        try:
-            with step("guest image") as work:
-                _make(Image(work_folder), archives, page, kernel, tools, work)
-                made_of = {"parts": parts, "kernel": str(kernel)}
-                write_whole(work_folder / "manifest.json", json.dumps(made_of, indent=1))
-                shutil.rmtree(folder, ignore_errors=True)
-                work_folder.rename(folder)
-        finally:
-            shutil.rmtree(work_folder, ignore_errors=True)
-        return image
+    return set_archives(settings.sets, sets) + _packages(settings.python)
+
+
+def _stamps(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Return what tells files from what was or will be at their paths."""
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def _make(

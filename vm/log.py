@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import logging
@@ -11,12 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
+# What is printed is text: [bold] and :x: in a guest's or a compiler's words are no markup and no emoji.
+_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
+
+console = Console(**_PLAIN)
 logger = logging.getLogger("pykq")
 logger.addHandler(logging.NullHandler())
 _timings = logger.getChild("timings")
@@ -70,44 +75,46 @@ class TestsFailed(Failure):
     status = 4
 
 
-class _File(logging.FileHandler):
+class _File(logging.StreamHandler[TextIO]):
     """A log file that is given up, and not complained of, where it cannot be written."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         logging.getLogger().removeHandler(self)
 
-    def close(self) -> None:
-        with suppress(OSError):
-            super().close()
-
 
 @contextmanager
 def kept(path: Path) -> Iterator[None]:
-    """Keep all that is said, and all that programs print, in a new file, each line with its time.
+    """Keep all that is said, and all that programs print, in a file, each line with its time and our process.
 
+    What a command before has left there goes; one that is still at work and this one share the file.
     A file that cannot be written is no error here: whoever needs the folder will say so.
     """
     logger.setLevel(logging.INFO)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # another command may be writing to it
-        file = _File(path, encoding="utf-8", errors="backslashreplace")
+        file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+        fcntl.flock(file, fcntl.LOCK_SH)  # for as long as it is open
     except OSError:
         yield
         return
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logging.getLogger().addHandler(file)
+    handler = _File(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(message)s"))
+    logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
-        logging.getLogger().removeHandler(file)
-        file.close()
+        logging.getLogger().removeHandler(handler)
+        with suppress(OSError):
+            file.close()
 
 
 def say(text: str) -> None:
     """Print one plain line."""
     logger.info("%s", text)
-    console.print(escape(printable(text)))
+    console.print(printable(text))
 
 
 def show(table: Table) -> None:
@@ -116,21 +123,21 @@ def show(table: Table) -> None:
     Console(file=text, width=200, markup=False, emoji=False).print(table)
     lines = "\n".join(line.rstrip() for line in text.getvalue().splitlines())
     logger.info("%s", lines)
-    console.print(escape(printable(lines)))
+    console.print(printable(lines))
 
 
 def report(failure: Failure, log: Path | None = None) -> None:
     """Print a failure to standard error: last lines of output, what happened, the remedy, and the log."""
-    err = Console(stderr=True, highlight=False, soft_wrap=True)
+    err = Console(stderr=True, **_PLAIN)
     if failure.tail:
-        err.print(escape(printable(failure.tail)), style="dim")
+        err.print(printable(failure.tail), style="dim")
     line = f"pykq: {failure}"
     if failure.hint:
         line += f" ({failure.hint})"
     if log is not None:
         line += f"; all output is in {log}"
     logger.error("%s", line)
-    err.print(escape(printable(line)), style="bold red")
+    err.print(printable(line), style="bold red")
 
 
 class Step:
@@ -141,14 +148,14 @@ class Step:
         self.note = ""
         self.seconds = 0.0
         self._began = self._shown = time.monotonic()
-        self._status = console.status(escape(title)) if console.is_terminal else None
+        self._status = console.status(Text(printable(title))) if console.is_terminal else None
 
     def update(self, progress: str) -> None:
         """Show progress, such as '412 of 754 objects'; without a terminal as a line now and then."""
         now = time.monotonic()
         text = f"{self.title}: {progress}, {now - self._began:.0f} s"
         if self._status is not None:
-            self._status.update(escape(printable(text)))
+            self._status.update(Text(printable(text)))
         elif now - self._shown >= _PROGRESS_EVERY_S:
             self._shown = now
             say(text)
@@ -203,7 +210,7 @@ def timings(path: Path) -> Iterator[None]:
         everything = ("in all", began, time.monotonic())
         for what, start, end in sorted([everything, *measured.rows], key=itemgetter(1)):
             rows.append({"what": what, "began_s": round(start - began, 3), "seconds": round(end - start, 3)})
-            table.add_row(f"{start - began:.2f}", f"{end - start:.2f}", escape(what))
+            table.add_row(f"{start - began:.2f}", f"{end - start:.2f}", what)
         show(table)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows, indent=1))

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from .backtrace import with_names
 from .build import VARIANTS, kernel_folder, select
 from .cache import locked, read_json, write_whole
 from .config import Settings
-from .image import Image, build_image
+from .image import Image, build_image, image_of
 from .log import Failure, GuestDied, say, step, tail, timed
 from .run import end_with_others, need, uninterrupted
 
@@ -50,6 +49,11 @@ _ALIVE_WITHIN_S = {"kvm": 4.0, "tcg": 60.0}
 BOOT_WITHIN_S = 120.0
 _RESUME_WITHIN_S = 20.0
 _END_WITHIN_S = 10.0
+_READ_BYTES = 1 << 20
+
+# What QEMU says when it cannot have the port on 127.0.0.1.
+_PORT_TAKEN = b"Could not set up host forwarding rule"
+_ANY_PORT = "without --port a free one is found"
 
 # Console text after which nothing good comes.
 DEATH = re.compile(
@@ -71,6 +75,9 @@ class Machine:
     arguments: str = "console=com root=ld0a"  # the kernel's, by PVH
     image: str = ""
     disk: str = ""  # a second one, which keeps what is written to it; the guest may then reboot
+    cpus: int = 2
+    memory_mib: int = 512
+    made: str = ""  # what tells this kernel from what was or will be at its path
     accelerator: str = ""
     ssh_port: int = 0
     pid: int = 0
@@ -115,6 +122,11 @@ class Machine:
         if match is not None:
             return _line_at(_read(self.console_log), match.start())
         return "" if self.alive() else "QEMU has ended"
+
+    def same_as(self, other: Machine) -> bool:
+        """Tell whether two guests are of one kernel, disk and size."""
+        fields = ("variant", "kernel", "made", "disk", "cpus", "memory_mib")
+        return all(getattr(self, name) == getattr(other, name) for name in fields)
 
     def last_lines(self) -> str:
         """Return the end of its console, with names in a backtrace."""
@@ -186,7 +198,7 @@ def status(settings: Settings, name: str, *, as_json: bool = False) -> bool:
     return up
 
 
-def command_line(machine: Machine, disk: Path, *, memory_mib: int, cpus: int) -> list[str]:
+def command_line(machine: Machine, disk: Path) -> list[str]:
     """Return the QEMU command, an option and its value beside each other."""
     accelerator = "tcg,thread=multi" if machine.accelerator == "tcg" else machine.accelerator
     forward = f"hostfwd=tcp:127.0.0.1:{machine.ssh_port}-:22"
@@ -200,8 +212,8 @@ def command_line(machine: Machine, disk: Path, *, memory_mib: int, cpus: int) ->
     line += ["-accel", accelerator]
     if machine.accelerator == "kvm":
         line += ["-cpu", "host"]
-    line += ["-smp", str(cpus)]
-    line += ["-m", f"{memory_mib}M"]
+    line += ["-smp", str(machine.cpus)]
+    line += ["-m", f"{machine.memory_mib}M"]
     line += ["-chardev", f"socket,id=console,path={_value(machine.console)},server=on,wait=off,"
                          f"logfile={_value(machine.console_log)},logappend=off"]
     line += ["-serial", "chardev:console"]
@@ -236,9 +248,10 @@ def up(
     """Start a guest and return when its sshd answers; a guest that runs is left as it is.
 
     With saved it starts from a saved state, or, where there is none, boots and
-    leaves one for the next.  Raises Failure when it cannot be started, and GuestDied, with the last
-    console lines, when QEMU ends, the kernel panics or drops into ddb, or
-    sshd does not listen within two minutes.
+    leaves one for the next.  Raises Failure when it cannot be started, or runs
+    with another kernel or size, and GuestDied, with the last console lines,
+    when QEMU ends, the kernel panics or drops into ddb, or sshd does not listen
+    within two minutes.
     """
     if variant not in VARIANTS:
         raise Failure(f"there is no kernel {variant!r}", hint=" or ".join(VARIANTS))
@@ -256,13 +269,13 @@ def up(
         boot=boot,
         folder=str(folder),
         ssh_port=ssh_port,
+        cpus=cpus,
+        memory_mib=memory_mib,
     )
     return start(
         settings,
         wanted,
-        lambda: build_image(builder, None if boot == "pvh" else kernel),
-        memory_mib=memory_mib,
-        cpus=cpus,
+        lambda: (image_of if dry_run else build_image)(builder, None if boot == "pvh" else kernel),
         saved=saved and state.can_be_shared(builder.source.top),
         dry_run=dry_run,
     )
@@ -273,14 +286,14 @@ def start(
     wanted: Machine,
     image: Callable[[], Image],
     *,
-    memory_mib: int = 512,
-    cpus: int = 2,
     saved: bool = True,
     dry_run: bool = False,
 ) -> Machine:
     """Start a machine with any kernel and the image that image() makes or finds; see up()."""
     need(QEMU)
     folder = Path(wanted.folder)
+    status = Path(wanted.kernel).stat()
+    wanted = replace(wanted, made=f"{status.st_size} {status.st_mtime_ns}")
     with locked(folder):
         name = wanted.name
         running = None if dry_run else last(settings, name)
@@ -291,18 +304,19 @@ def start(
             say(f"guest {name} died ({running.death()}) and is started anew")
             _end(running)
         elif running is not None:
-            if running.variant != wanted.variant or running.kernel != wanted.kernel:
+            if not running.same_as(wanted):
+                which = "the" if running.made == wanted.made else "another"
                 raise Failure(
-                    f"guest {name} is up with the {running.variant} kernel of NetBSD {running.netbsd}",
+                    f"guest {name} is up with {which} {running.variant} kernel of NetBSD {running.netbsd},"
+                    f" {running.cpus} CPUs and {running.memory_mib} MiB",
                     hint="invoke vm.down first, or another --name",
                 )
             say(f"guest {name} is up already, ssh on port {running.ssh_port}")
             return running
         if wanted.ssh_port and not _is_free(wanted.ssh_port):
-            raise Failure(f"port {wanted.ssh_port} is in use", hint="without --port a free one is found")
+            raise Failure(f"port {wanted.ssh_port} is in use", hint=_ANY_PORT)
         disk_and_keys = image()
-        line_of = partial(command_line, disk=disk_and_keys.disk, memory_mib=memory_mib, cpus=cpus)
-        candidates = accelerators(settings)
+        candidates, broken = accelerators(settings), []
         while True:
             machine = replace(
                 wanted,
@@ -312,22 +326,38 @@ def start(
                 sockets=tempfile.mkdtemp(prefix="pykq-"),
                 started=time.time(),
             )
-            line = line_of(machine)
+            line = command_line(machine, disk_and_keys.disk)
             if dry_run:
                 os.rmdir(machine.sockets)
                 print(shlex.join(line))
                 return machine
-            any_guest = line_of(replace(machine, name="", folder="", sockets="", ssh_port=0))
-            path = state.path_of(Path(machine.kernel), disk_and_keys.disk, any_guest, machine.accelerator)
+            any_guest = replace(machine, name="", folder="", sockets="", ssh_port=0)
+            path = state.path_of(
+                Path(machine.kernel),
+                disk_and_keys.disk,
+                command_line(any_guest, disk_and_keys.disk),
+                machine.accelerator,
+            )
             try:
-                return _boot(machine, line, disk_and_keys, path if saved else None)
+                machine = _boot(machine, line, disk_and_keys, path if saved else None)
+            except _PortTaken:
+                if wanted.ssh_port:
+                    raise Failure(f"port {wanted.ssh_port} is in use", hint=_ANY_PORT) from None
+                say(f"port {machine.ssh_port} was taken in the meantime: another one")
             except state.StateFailed as error:
                 say(f"the saved state is dropped ({error}): a normal boot instead")
                 path.unlink(missing_ok=True)
             except _NoAccelerator as error:
-                accelerator = candidates.pop(0)
-                say(f"{accelerator} is there but does not run NetBSD ({error}): software emulation instead")
-                _remember(settings, accelerator)
+                broken.append(candidates.pop(0))
+                say(f"{broken[-1]} is there but does not run NetBSD ({error}): software emulation instead")
+            else:
+                for accelerator in broken:  # now that it is known to be the accelerator's fault
+                    _remember(settings, accelerator)
+                return machine
+
+
+class _PortTaken(Exception):
+    """Another program was faster to listen on the port that was found."""
 
 
 class _NoAccelerator(Exception):
@@ -376,6 +406,8 @@ def _boot(machine: Machine, line: list[str], image: Image, saved: Path | None) -
                 process.kill()
                 process.wait()
             _forget(machine)
+        if isinstance(error, (GuestDied, state.StateFailed)) and _PORT_TAKEN in _read(_errors(machine)):
+            raise _PortTaken from error
         if state_there and isinstance(error, GuestDied):
             raise state.StateFailed(str(error)) from error
         dumb = machine.accelerator != "tcg" and _ALIVE not in _read(machine.console_log)
@@ -388,7 +420,7 @@ def _boot(machine: Machine, line: list[str], image: Image, saved: Path | None) -
 def _launch(machine: Machine, line: list[str], saved: Path | None) -> subprocess.Popen[bytes]:
     """Start QEMU, which inherits the lock that tells that it lives, and the state that it starts from."""
     with ExitStack() as files:
-        errors = files.enter_context((Path(machine.folder) / "qemu.log").open("wb"))
+        errors = files.enter_context(_errors(machine).open("wb"))
         lock = files.enter_context(machine.lock.open("wb"))
         fcntl.flock(lock, fcntl.LOCK_EX)
         inherited = [lock.fileno()]
@@ -407,7 +439,7 @@ def _launch(machine: Machine, line: list[str], saved: Path | None) -> subprocess
 
 def reboot(machine: Machine, order: Callable[[], object]) -> None:
     """Have a guest reboot, by an order that is given to it, and return when it is ready again."""
-    before = len(_read(machine.console_log))
+    before = machine.console_log.stat().st_size
     with step(f"guest {machine.name} reboots"):
         order()
         if ASKS in _wait_for_console(machine, None, BOOT_WITHIN_S, READY, ASKS, after=before):
@@ -419,10 +451,11 @@ def _get_ready(
 ) -> None:
     """Give a guest the line that it asks for, and wait until it is ready."""
     with socket.socket(socket.AF_UNIX) as console:
-        console.connect(str(machine.console))
-        to_the_second = time.gmtime(time.time() + 0.5)  # as date(1) takes it
-        now = time.strftime("%Y%m%d%H%M.%S", to_the_second)
-        console.sendall(f"{secrets.token_hex(32)} {now}\n".encode())
+        with suppress(ConnectionError, FileNotFoundError):  # QEMU has ended: the wait says how
+            console.connect(str(machine.console))
+            to_the_second = time.gmtime(time.time() + 0.5)  # as date(1) takes it
+            now = time.strftime("%Y%m%d%H%M.%S", to_the_second)
+            console.sendall(f"{secrets.token_hex(32)} {now}\n".encode())
         with timed(f"{machine.name}: random bytes, the time, sshd"):
             # Hung up, QEMU drops what is not read yet.
             _wait_for_console(machine, process, within_s, READY, after=after)
@@ -444,14 +477,14 @@ def _wait_for_console(
     deadline = time.monotonic() + within_s
     while True:
         ended = process.poll() is not None if process is not None else not machine.alive()
-        seen = _read(machine.console_log)[after:]
+        seen = _read(machine.console_log, after)
         if any(text in seen for text in (wanted, *other)):
             return seen
         match = DEATH.search(seen)
         if match is not None:
             cause = _line_at(seen, match.start())
         elif ended:
-            errors = tail(Path(machine.folder) / "qemu.log", 3)
+            errors = tail(_errors(machine), 3)
             status = process.returncode if process is not None else "unknown"
             cause = f"QEMU ended with status {status} {errors}".rstrip()
             if status == 0:
@@ -493,6 +526,11 @@ def _end(machine: Machine) -> None:
             raise Failure(f"QEMU (pid {machine.pid}) does not end", hint="is the disk of the cache stuck?")
         time.sleep(0.01)
     _forget(machine)
+
+
+def _errors(machine: Machine) -> Path:
+    """Return the file with what QEMU says on standard error."""
+    return Path(machine.folder) / "qemu.log"
 
 
 def _state(folder: Path) -> Path:
@@ -580,10 +618,15 @@ def _value(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def _read(path: Path) -> bytes:
-    """Return a file's content, nothing when it is not there."""
+def _read(path: Path, after: int = 0) -> bytes:
+    """Return what a file holds after so many bytes, nothing when it is not there.
+
+    Of much only the end: a guest may print for ever.
+    """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            file.seek(max(after, file.seek(0, os.SEEK_END) - _READ_BYTES))
+            return file.read()
     except OSError:
         return b""
 

@@ -82,6 +82,10 @@ class _Group:
         if self._stopped:
             raise BuildFailed("stopped")
 
+    def forget(self, program: subprocess.Popen[bytes]) -> None:
+        """Leave a program alone that has ended: its number may be another's by now."""
+        self._programs.discard(program)
+
     def stop(self) -> None:
         """End all of them, and those to come."""
         self._stopped = True
@@ -103,7 +107,7 @@ def side_by_side(calls: Sequence[Callable[[], Result]]) -> list[Result]:
         _group.set(group)
         return call()
 
-    # No moment without: an interrupt that only unwound would wait for the threads, and they for their programs.
+    # From the start: an interrupt that only unwound would wait for the threads, and these for their programs.
     with uninterrupted(group.stop), ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(each, call) for call in calls]
         try:
@@ -182,6 +186,8 @@ def watch(
         with uninterrupted():
             if process is not None:
                 _end(process)
+                if (group := _group.get()) is not None:
+                    group.forget(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

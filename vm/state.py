@@ -27,6 +27,7 @@ from .log import Failure, say, timed
 
 _SUFFIX = ".state"
 _WITHIN_S = 10.0
+_CANCEL_WITHIN_S = 1.0
 _UNLIMITED = 1 << 40  # bytes a second; QEMU's default is made for a network
 
 
@@ -93,10 +94,14 @@ async def _write(control: Path, fd: int) -> None:
         await qemu.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED})
         await qemu.execute("migrate", {"uri": "fd:state"})
         how: Any = {}
-        while how.get("status") not in ("completed", "failed"):
-            await asyncio.sleep(0.005)
-            how = await qemu.execute("query-migrate")
-        await qemu.execute("cont")
+        try:
+            while how.get("status") not in ("completed", "failed"):
+                await asyncio.sleep(0.005)
+                how = await qemu.execute("query-migrate")
+        finally:  # the guest goes on, however it went, and when it took too long
+            async with asyncio.timeout(_CANCEL_WITHIN_S):
+                await qemu.execute("migrate_cancel")
+                await qemu.execute("cont")
         if how["status"] == "failed":
             raise StateFailed(how.get("error-desc", "QEMU does not say why"))
 

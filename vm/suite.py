@@ -14,8 +14,11 @@ from typing import TypeAlias
 
 from rich.table import Table
 
+import pykq
+
 from . import guest, hosts, qemu
 from .build import VARIANTS, build_kernels
+from .cache import locked
 from .config import RELEASE_PARTS, Settings
 from .log import Failure, TestsFailed, printable, say, show, step
 from .mirror import Missing, Unreachable
@@ -70,39 +73,50 @@ def run(
 ) -> None:
     """Run the tests, on the kernels of each of the settings, and say at the end what ran.
 
-    where is 'host', 'guest', or '' for all there is: the host tests, then the
-    rules on the rump kernels and in the guests.  With quick the tests marked
-    as stress are left out, and CPython's own; with sanitize the rump kernels are those with
-    AddressSanitizer and UndefinedBehaviorSanitizer.
+    where is 'host', 'guest', or '' for all there is: the host tests, the rules
+    on the host's own kqueue, on the rump kernels and in the guests.  With quick the tests marked
+    as stress are left out, and CPython's own; with sanitize the rump kernels are
+    those with AddressSanitizer and UndefinedBehaviorSanitizer.
 
     With where='guest', a guest that cannot be had is a Failure; else it is left
     out with a line that says how to get it.  Raises TestsFailed when any failed.
     """
     chosen = pytest_words(selection, quick)
     results = Results()
-    kernels = []
-    for settings in matrix if where != "host" else ():
+    kernels = matrix if where != "host" else ()
+    for settings in kernels:
         missing = _missing_guest(settings)
         if where == "guest" and missing:
             raise Failure("there is no guest to test in", hint=missing)
-        kernels.append(_resolve(settings, missing, where == "guest"))
     if where != "guest":
         results.outcomes["host"] = _attempt(_host, chosen)
+        _test_own_kqueue(results, chosen)
     if where == "host":
         results.left_out["kernels"] = "--host"
-    for settings, missing in kernels:
-        of = f"{settings.source}: " if len(kernels) > 1 else ""
-        if settings.source is None:
-            results.left_out[f"{of}kernels"] = missing
-            continue
-        if where != "guest":
-            build_rump(settings, sanitize=sanitize)
-            results.add(Results(test_rumps(settings, chosen, sanitize=sanitize)), of)
-        if missing:
-            results.left_out[f"{of}guests"] = missing
-        else:
-            results.add(_test_guests(settings, chosen), of)
+    for settings in kernels:
+        of = f"{settings.release or settings.source}: " if len(kernels) > 1 else ""
+        try:
+            results.add(_test_kernels(settings, chosen, where == "guest", sanitize), of)
+        except Failure as failure:  # of one release; the others have their turn
+            results.outcomes[f"{of}kernels"] = failure
     results.conclude()
+
+
+def _test_kernels(settings: Settings, chosen: Sequence[str], guests_only: bool, sanitize: bool) -> Results:
+    """Run the tests on the rump kernels and in the guests of one source or release."""
+    results = Results()
+    settings, missing = _resolve(settings, _missing_guest(settings), guests_only)
+    if settings.source is None:
+        results.left_out["kernels"] = missing
+        return results
+    if not guests_only:
+        build_rump(settings, sanitize=sanitize)
+        results.outcomes |= test_rumps(settings, chosen, sanitize=sanitize)
+    if missing:
+        results.left_out["guests"] = missing
+    else:
+        results.add(_test_guests(settings, chosen), "")
+    return results
 
 
 def run_on_hosts(
@@ -156,7 +170,7 @@ def _test_guests(settings: Settings, chosen: Sequence[str]) -> Results:
     except Failure as failure:
         programs, results.left_out["C programs in guests"] = None, f"{failure}: {failure.hint}"
     calls = [partial(test_guest, settings, variant, chosen, programs) for variant in VARIANTS]
-    with step("tests in the guests"):
+    with locked(settings.cache / "suite"), step("tests in the guests"):
         outcomes = side_by_side(calls)
     for variant, outcome in zip(VARIANTS, outcomes, strict=True):
         results.outcomes[f"guest, {variant}"] = outcome
@@ -217,6 +231,19 @@ def _host(chosen: Sequence[str]) -> None:
         _pytest("host", ["tests/host"], chosen, {})
 
 
+def _test_own_kqueue(results: Results, chosen: Sequence[str]) -> None:
+    """Run the rules, and what a guest is tested with, on this host's kqueue, where there is one."""
+    try:
+        pykq.load_kernel("system")
+    except pykq.KernelUnavailable as error:
+        results.left_out["this host's kqueue"] = str(error)
+        return
+    with step("tests on this host's kqueue"):
+        folders, environment = ["tests/rules", "tests/guest"], {"PYKQ_KERNEL": "system"}
+        outcome = _attempt(_pytest, "kqueue of this host", folders, chosen, environment)
+    results.outcomes["this host's kqueue"] = outcome
+
+
 def _rump(settings: Settings, variant: str, chosen: Sequence[str], tests: str, sanitize: bool) -> None:
     """Run tests on a rump kernel, in a child process: a crash takes that down, and not this one."""
     folder = rump_folder(settings, variant, sanitize=sanitize)
@@ -230,6 +257,7 @@ def _rump(settings: Settings, variant: str, chosen: Sequence[str], tests: str, s
 def _guest(settings: Settings, variant: str, chosen: Sequence[str], programs: Path | None) -> None:
     """Run the guest tests on one kernel, in a guest of their own that is ended afterwards."""
     name = f"test-{variant}"
+    qemu.down(settings, name)  # left by a command that was killed
     machine = qemu.up(settings, variant=variant, name=name)
     report = Path(machine.folder) / "junit.xml"
     try:

@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 
 import tasks
-from vm import config, qemu
+from vm import config, log, qemu
 from vm.guest import ROOT
 from vm.log import Failure
 
+from . import test_vm_release
 from .conftest import PATIENCE_S, eventually, programs
+
+no_keys, pub, server = test_vm_release.no_keys, test_vm_release.pub, test_vm_release.server
 
 # A command like those of tasks.py, with another body.
 COMMAND = """
@@ -109,34 +112,55 @@ def test_interrupted_build_leaves_no_process(tmp_path: Path, body: str, signals:
     eventually(lambda: not programs(tmp_path))
 
 
+def test_interrupted_download_goes_on_where_it_stopped(server: test_vm_release.Server) -> None:
+    """Twice in a row, while a mirror says nothing."""
+    server.faults[test_vm_release.SRC] = test_vm_release.Handler.stall
+    get = f"resolve(config.load(release='10.1', mirror='{server.url}/pub'), 'source')"
+    with start(f"from vm.release import resolve; {get}") as process:
+        eventually(lambda: any(path.stat().st_size for path in config.load().cache.rglob(".src.tgz*.part")))
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    assert one_line(errors) == "pykq: interrupted (the same command goes on where it stopped)\n"
+    server.faults.clear()
+    server.asked.clear()
+    with start(f"from vm.release import resolve; {get}") as process:
+        process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0
+    assert any(path.endswith(test_vm_release.SRC) and begin for path, begin in server.asked)
+
+
 @pytest.fixture
-def boot(test_kernel: Path, tmp_path: Path) -> Callable[[str], str]:
+def boot(test_kernel: Path, tmp_path: Path) -> Callable[..., str]:
     """The body of a command that starts a guest with the test kernel."""
     (tmp_path / "image").mkdir()
     (tmp_path / "image/root.img").write_bytes(bytes(1 << 20))
     (tmp_path / "image/host_ed25519.pub").write_text("ssh-ed25519 x\n")
     (tmp_path / "tmp").mkdir()
 
-    def boot(arguments: str) -> str:
+    def boot(arguments: str, kernel: Path = test_kernel) -> str:
         fields = {
-            "name": "pykq", "variant": "patched", "netbsd": "0", "kernel": str(test_kernel), "boot": "pvh",
+            "name": "pykq", "variant": "patched", "netbsd": "0", "kernel": str(kernel), "boot": "pvh",
             "folder": str(qemu.folder_of(config.load(), "pykq")), "arguments": arguments,
+            "cpus": 1, "memory_mib": 64,
         }
         return (
             f"import tempfile; tempfile.tempdir = {str(tmp_path / 'tmp')!r};"
             f"made = image.Image(Path({str(tmp_path / 'image')!r}));"
-            f"qemu.start(config.load(), qemu.Machine(**{fields}), lambda: made, memory_mib=64, cpus=1)"
+            f"qemu.start(config.load(), qemu.Machine(**{fields}), lambda: made)"
         )
 
     return boot
 
 
 ALIVE = "The NetBSD Foundation%n"
+ASKING = f"{ALIVE}{qemu.ASKS.decode()}%n%w{qemu.READY.decode()}%n"
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.01, 0.03, 0.1, 0.2])
 def test_interrupted_start_leaves_no_guest(
-    boot: Callable[[str], str], tmp_path: Path, after_s: float
+    boot: Callable[..., str], tmp_path: Path, after_s: float
 ) -> None:
     """At moments from before QEMU is forked until the kernel prints; twice in a row."""
     with start(boot(ALIVE)) as process:
@@ -152,8 +176,55 @@ def test_interrupted_start_leaves_no_guest(
     assert qemu.last(config.load(), "pykq") is None
 
 
+def kill_qemu(command: subprocess.Popen[str], pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop_qemu(command: subprocess.Popen[str], pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
+def interrupt_twice(command: subprocess.Popen[str], pid: int) -> None:
+    command.send_signal(signal.SIGINT)
+    command.send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "seen"),
+    [
+        (kill_qemu, 3, "pykq: the guest did not start: QEMU ended with status -9 "),
+        (stop_qemu, 3, "pykq: the guest did not start: no 'pykq: guest ready' on its console within 2 s "),
+        (interrupt_twice, 130, "pykq: interrupted (the same command goes on where it stopped)"),
+    ],
+)
+def test_death_while_a_state_is_saved_leaves_none(
+    boot: Callable[..., str],
+    test_kernel: Path,
+    tmp_path: Path,
+    fault: Callable[[subprocess.Popen[str], int], None],
+    status: int,
+    seen: str,
+) -> None:
+    """Of a saving that would take half a minute."""
+    before = set(test_kernel.parent.iterdir())
+    slow = "from vm import state; state._UNLIMITED = 1 << 12; state._WITHIN_S = qemu.BOOT_WITHIN_S = 2.0"
+    with start(f"{slow}; {boot(ASKING)}") as process:
+        eventually(lambda: any(part.stat().st_size for part in test_kernel.parent.glob(".*.state.*")))
+        machine = qemu.last(config.load(), "pykq")
+        assert machine is not None
+        fault(process, machine.pid)
+        _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == status, errors
+    last = errors.splitlines()[-1]
+    assert last.startswith(seen)
+    assert status == 130 or str(machine.console_log) in last
+    eventually(lambda: not programs(tmp_path))
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert set(test_kernel.parent.iterdir()) == before
+
+
 def test_guest_of_a_command_that_was_killed_is_ended_by_the_next(
-    boot: Callable[[str], str], tmp_path: Path
+    boot: Callable[..., str], tmp_path: Path
 ) -> None:
     console = config.load().cache / "run/pykq/console.log"
     with start(boot(ALIVE)) as process:
@@ -166,7 +237,7 @@ def test_guest_of_a_command_that_was_killed_is_ended_by_the_next(
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_dead_guest_is_status_3_and_the_log_is_named(boot: Callable[[str], str]) -> None:
+def test_dead_guest_is_status_3_and_the_log_is_named(boot: Callable[..., str]) -> None:
     with start(boot(f"{ALIVE}panic: it hurts%n%r")) as process:
         _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3
@@ -197,6 +268,36 @@ def test_quiet_says_nothing_and_json_stands_alone() -> None:
         said, chatter = process.communicate(timeout=PATIENCE_S)
     assert said == "{}\n"
     assert chatter.startswith("a word\n")
+
+
+def test_what_is_said_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    log.say("a:x:b [bold]c[/] \\[d")
+    log.report(log.Failure("a:x:b", hint="[red]", tail=":x:"))
+    said = capsys.readouterr()
+    assert said.out == "a:x:b [bold]c[/] \\[d\n"
+    assert said.err == ":x:\npykq: a:x:b ([red])\n"
+
+
+def test_packages_that_cannot_be_installed_are_a_tail_and_a_log() -> None:
+    with start("from vm import doctor; doctor._watch(['sh', '-c', 'seq 99; exit 7'])") as process:
+        said, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert "98" not in said
+    *tail, last = errors.splitlines()
+    assert tail == [str(number) for number in range(85, 100)]
+    assert last.startswith("pykq: sh -c 'seq 99; exit 7' failed with status 7")
+    assert " 42\n" in (config.load().cache / "log/it.log").read_text()
+
+
+def test_interrupted_probe_of_kvm_leaves_no_qemu(test_kernel: Path, tmp_path: Path) -> None:
+    silent = "doctor._BOOT_SECTOR, doctor._RUNS_WITHIN_S = bytes(510) + b'U\\xaa', 99.0"
+    body = f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}; from vm import doctor; {silent}"
+    with start(f"{body}; say('begun'); doctor.runs_code('tcg')") as process:
+        eventually(lambda: len(programs(tmp_path)) > 1)  # it, and QEMU
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    eventually(lambda: not programs(tmp_path))
 
 
 def test_every_command_can_be_quiet() -> None:
@@ -248,13 +349,44 @@ def test_build_on_a_full_disk_names_the_remedy(mounted: Mounted) -> None:
 
 
 def test_start_on_a_full_disk_names_the_remedy_and_leaves_no_guest(
-    mounted: Mounted, boot: Callable[[str], str], tmp_path: Path
+    mounted: Mounted, boot: Callable[..., str], tmp_path: Path
 ) -> None:
     full = "(config.load().cache / 'file').write_bytes(bytes(1 << 16))"
     done = mounted("size=64k", f"try: {full}\n    except OSError: pass\n    {boot(ALIVE)}")
     assert done.returncode == 1
     assert "(make room, or name another cache folder in PYKQ_CACHE)" in one_line(done.stderr)
     assert not programs(tmp_path)
+
+
+@pytest.mark.parametrize("size_kib", [64, 256, 768])
+def test_release_on_a_full_disk_names_the_remedy(
+    mounted: Mounted, server: test_vm_release.Server, size_kib: int
+) -> None:
+    """While the first set is downloaded, while others are, and while they are unpacked."""
+    get = f"resolve(config.load(release='10.1', mirror='{server.url}/pub'), 'source')"
+    done = mounted(f"size={size_kib}k", f"from vm.release import resolve; {get}")
+    assert done.returncode == 1, done.stdout
+    assert "(make room, or name another cache folder in PYKQ_CACHE)" in one_line(done.stderr)
+
+
+def test_state_on_a_full_disk_is_said_and_missed_by_nobody(
+    mounted: Mounted,
+    boot: Callable[..., str],
+    test_kernel: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel and its states are on a disk of their own, which is too small for one."""
+    full = config.load().cache
+    monkeypatch.setenv("PYKQ_CACHE", str(tmp_path / "other"))
+    copy = f"import shutil; shutil.copy({str(test_kernel)!r}, {str(full)!r})"
+    left = f"print(sorted(os.listdir({str(full)!r})), qemu.down(config.load()))"
+    done = mounted("size=64k", f"import os; {copy}; {boot(ASKING, full / test_kernel.name)}; {left}")
+    assert done.returncode == 0, done.stderr
+    assert "the state of the guest is not saved: " in done.stdout
+    assert f"{[test_kernel.name]} True" in done.stdout
+    assert not programs(tmp_path)
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_cache_of_another_version_or_half_written_is_made_anew() -> None:
@@ -290,14 +422,17 @@ def jumping_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_jumping_clock_ends_no_wait_early_or_late(
-    jumping_clock: None, boot: Callable[[str], str], tmp_path: Path
+    jumping_clock: None, boot: Callable[..., str], tmp_path: Path
 ) -> None:
     """A guest that is silent is given up after three seconds, and one that is ready is up."""
-    began = time.monotonic()
     with start(f"qemu._ALIVE_WITHIN_S['tcg'] = 3.0; {boot('%h')}") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        began = time.monotonic()
         _, errors = process.communicate(timeout=PATIENCE_S)
+        took_s = time.monotonic() - began
     assert process.returncode == 3
-    assert time.monotonic() - began > 3.0
+    assert 2.5 < took_s < 10.0, "3 s, and what a busy machine takes to end"
     assert "no 'The NetBSD Foundation' on its console within 3 s" in one_line(errors)
     with start(boot(f"{ALIVE}pykq: guest ready%n")) as process:
         process.communicate(timeout=PATIENCE_S)
@@ -315,6 +450,8 @@ def test_two_commands_at_once_take_turns_even_if_the_first_is_killed() -> None:
         with start(body) as second:
             assert second.stdout is not None
             assert second.stdout.readline().startswith("waiting for another pykq command that works in ")
+            words = (config.load().cache / "log/it.log").read_text()
+            assert words.index(f" {first.pid} in\n") < words.index(f" {second.pid} waiting"), "one log"
             first.kill()
             assert second.stdout.readline() == "in\n"
             second.send_signal(signal.SIGINT)

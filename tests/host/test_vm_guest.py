@@ -7,13 +7,17 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import paramiko
 import pytest
+from fabric import Connection
 
 from vm import guest, image, qemu
-from vm.log import GuestDied
+from vm.log import Failure, GuestDied
+
+from .conftest import eventually, programs
 
 Key = paramiko.Ed25519Key
 
@@ -31,6 +35,35 @@ class Server(paramiko.ServerInterface):
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
         self.offered += 1
         return paramiko.AUTH_SUCCESSFUL if key == self.accepted else paramiko.AUTH_FAILED
+
+
+class Shell(Server):
+    """Runs commands here, as sshd does: each in a session of its own, its input ends with the connection."""
+
+    def check_channel_request(self, kind: str, number: int) -> int:
+        return paramiko.OPEN_SUCCEEDED
+
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        threading.Thread(target=self.run, args=(channel, command), daemon=True).start()
+        return True
+
+    def run(self, channel: paramiko.Channel, command: bytes) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(["sh", "-c", command], bufsize=0, start_new_session=True, **pipes) as process:
+            threading.Thread(target=self.feed, args=(channel, process), daemon=True).start()
+            with suppress(OSError):
+                while data := os.read(process.stdout.fileno(), 4096):
+                    channel.sendall(data)
+                channel.sendall_stderr(process.stderr.read())
+            with suppress(OSError, EOFError):
+                channel.send_exit_status(process.wait() & 0xFF)
+                channel.close()
+
+    def feed(self, channel: paramiko.Channel, process: subprocess.Popen[bytes]) -> None:
+        with suppress(OSError, ValueError):  # it has ended, or we have seen that
+            while data := channel.recv(1 << 16):
+                process.stdin.write(data)
+            process.stdin.close()
 
 
 @pytest.fixture
@@ -154,3 +187,82 @@ def test_no_key_but_the_guests_own_is_offered(
         finally:
             agent.terminate()
     assert server.offered == 1
+
+
+# What is copied there
+
+
+@pytest.fixture
+def connection(
+    machine: qemu.Machine,
+    keys: image.Image,
+    serve: Callable[..., Server],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Connection]:
+    """To a server that runs commands on this host."""
+    monkeypatch.setattr(qemu.Machine, "death", lambda machine: "")
+    ours = Key.from_private_key_file(str(keys.key))
+    serve(tmp_path / "root/etc/ssh/ssh_host_ed25519_key", Shell(ours))
+    with guest.connect(machine) as connection:
+        yield connection
+
+
+def at_work(folder: str) -> str:
+    """A command that python() begins, but for the Python."""
+    return guest.python(folder).partition(" && env ")[0] + " && echo begun && sleep 999"
+
+
+def test_files_are_there_for_as_long_as_the_context(connection: Connection) -> None:
+    with guest.installed(connection) as folder:
+        assert Path(folder, "pykq/__init__.py").is_file()
+        assert Path(folder).stat().st_mode & 0o777 == 0o700
+    assert not Path(folder).exists()
+
+
+def begin(connection: Connection, folder: str) -> None:
+    _, stdout, _ = connection.client.exec_command(at_work(folder))
+    assert stdout.readline() == "begun\n"
+
+
+def interrupt(connection: Connection, folder: str) -> None:
+    begin(connection, folder)
+    raise KeyboardInterrupt
+
+
+def hang_up(connection: Connection, folder: str) -> None:
+    begin(connection, folder)
+    connection.close()
+
+
+def take_too_long(connection: Connection, folder: str) -> None:
+    connection.run(at_work(folder), hide=True, timeout=0.5)
+
+
+@pytest.mark.parametrize("fault", [interrupt, hang_up, take_too_long])
+def test_nothing_stays_there_whatever_happens(
+    connection: Connection, fault: Callable[[Connection, str], None]
+) -> None:
+    folders = []
+    with suppress(BaseException), guest.installed(connection) as folder:
+        folders.append(Path(folder))
+        fault(connection, folder)
+    assert len(folders) == 1
+    eventually(lambda: not programs(folders[0]))
+    assert not folders[0].exists()
+
+
+def test_folder_that_cannot_be_made_is_one_failure(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda size: "none/such")
+    with pytest.raises(Failure, match="mkdir") as caught, guest.installed(connection):
+        pass
+    assert caught.value.status == 1
+    assert "No such file" in caught.value.tail
+
+
+def test_command_that_takes_no_input_says_why(connection: Connection) -> None:
+    with pytest.raises(Failure, match="false") as caught:
+        guest.feed(connection, "echo full >&2; false", bytes(1 << 24))
+    assert caught.value.tail == "full\n"

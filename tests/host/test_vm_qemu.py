@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vm import build, cache, config, guest, image, log, qemu
+from vm import build, cache, config, doctor, guest, image, log, qemu
 from vm.config import Settings
 from vm.log import Failure, GuestDied
 from vm.qemu import Machine
@@ -62,10 +62,11 @@ def start(settings: Settings, test_kernel: Path, empty_image: image.Image) -> Ca
     def start(arguments: str, **changes: object) -> Machine:
         fields: dict[str, object] = {
             "name": "pykq", "variant": "patched", "netbsd": "0", "kernel": str(test_kernel), "boot": "pvh",
-            "folder": str(qemu.folder_of(settings, "pykq")), "arguments": arguments,
+            "folder": str(qemu.folder_of(settings, "pykq")), "arguments": arguments, "cpus": 1,
+            "memory_mib": 64,
         }
         wanted = Machine(**(fields | changes))  # type: ignore[arg-type]
-        return qemu.start(settings, wanted, lambda: empty_image, memory_mib=64, cpus=1)
+        return qemu.start(settings, wanted, lambda: empty_image)
 
     return start
 
@@ -227,12 +228,35 @@ def test_port_in_use_is_named(start: Callable[..., Machine]) -> None:
             start(READY, ssh_port=port)
 
 
-def test_kvm_is_used_when_it_works_and_left_when_not(
-    start: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+def test_accelerator_that_works_is_used(
+    start: Callable[..., Machine], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Played by software emulation in another manner, which QEMU has on every host."""
+    monkeypatch.setattr(qemu, "accelerators", lambda settings: ["tcg,thread=single", "tcg"])
+    assert start(READY).accelerator == "tcg,thread=single"
+    assert not (settings.cache / "accelerators.json").exists()
+
+
+def test_accelerator_that_does_not_work_is_left_and_remembered(
+    start: Callable[..., Machine],
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(qemu, "accelerators", lambda settings: ["none", "tcg"])
+    assert start(READY).accelerator == "tcg"
+    assert "none is there but does not run NetBSD" in capsys.readouterr().out
+    assert list(cache.read_json(settings.cache / "accelerators.json")) == ["none"]
+
+
+def test_kvm_of_this_host_is_used_or_said_to_be_broken(
+    start: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever this host's /dev/kvm is like: none, forbidden, broken or good."""
     monkeypatch.setattr(qemu, "accelerators", lambda settings: ["kvm", "tcg"])
-    assert start(READY).accelerator in ("kvm", "tcg")
+    used = start(READY).accelerator
+    said = "kvm is there but does not run NetBSD" in capsys.readouterr().out
+    assert used == ("tcg" if said or not doctor.runs_code("kvm") else "kvm")
 
 
 def test_forbidden_kvm_is_not_tried(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
