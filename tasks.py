@@ -194,7 +194,7 @@ def build_rump(
         "host": "host tests only, no kernels",
         "hosts": "run the guest tests on these NetBSD machines instead: names or user@host:port, with commas",
         "ssh_config": "an ssh_config(5) for --hosts (default ~/.ssh/config)",
-        "quick": "leave out the tests that race thousands of times, and CPython's own",
+        "quick": "only the rules T1 to T10 on the ioctl itself, without those that race thousands of times",
         "sanitize": "take the rump kernels with AddressSanitizer and UndefinedBehaviorSanitizer",
         "select": "run the tests whose names match, as pytest -k",
         "release": GUEST["release"] + "; more than one makes a matrix",

@@ -13,14 +13,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import paramiko
 from fabric import Config, Connection
 from invoke.exceptions import CommandTimedOut, UnexpectedExit
 
+from . import wheels
 from .cache import write_whole
 from .log import Failure, GuestDied, logger, printable, timed
 from .qemu import Machine
@@ -28,9 +27,6 @@ from .qemu import Machine
 ROOT = Path(__file__).resolve().parent.parent
 
 # What runs the tests in the guest: pure Python, taken as it is installed here.
-_WHEELS = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
-_LEXERS = ("__init__.", "_mapping.", "diff.", "python.")  # of pygments' 200, 7 MB, those that pytest loads
-
 # In what installed() makes: the process group of what runs there.
 _GROUP = ".group"
 
@@ -144,21 +140,23 @@ def _close_on_death(machine: Machine, connection: Connection, ended: threading.E
 
 @contextmanager
 def installed(connection: Connection, programs: Path | None = None) -> Iterator[str]:
-    """Copy pykq, its tests and pytest into a new folder, which is removed at the end; yield its path.
+    """Copy pykq, its tests and, where it is not there, pytest into a new folder; yield its path.
 
-    A shell at the other end removes it, so that nothing stays there when the
-    connection breaks, or this process is killed: then what python() has
-    started is killed first.
+    A shell at the other end removes the folder at the end, so that nothing
+    stays there when the connection breaks, or this process is killed: then what
+    python() has started is killed first.
     """
     folder = f"/tmp/pykq-{secrets.token_hex(8)}"  # noqa: S108 mkdir fails when it is there
     kill = f"kill -9 -$(cat {folder}/{_GROUP}); sleep 1"
-    command = f"mkdir -m 700 {folder} && echo && {{ read done || {{ {kill}; }}; rm -rf {folder}; }}"
+    there = f"{{ ls -d /{wheels.folder()} 2>/dev/null || echo none; }}"  # in a guest: the image has them
+    command = f"mkdir -m 700 {folder} && {there} && {{ read done || {{ {kill}; }}; rm -rf {folder}; }}"
     keeper, said, errors = connection.client.exec_command(command, timeout=_COPY_WITHIN_S)
     try:
-        if not said.readline():
+        line = said.readline()
+        if not line:
             _expect_success(connection, command, said.channel, errors)
         with timed(f"files to {connection.host}, port {connection.port}"):
-            feed(connection, f"tar -xzf - -C {folder}", archive(programs))
+            feed(connection, f"tar -xzf - -C {folder}", archive(programs, with_wheels=line == "none\n"))
         yield folder
         keeper.write(b"done\n")
         _expect_success(connection, command, said.channel, errors)
@@ -206,7 +204,7 @@ def python(folder: str, **variables: str) -> str:
 
     variables are added to its environment.
     """
-    variables |= {"PYTHONPATH": ".:site", "PYTHONUNBUFFERED": "1"}
+    variables |= {"PYTHONPATH": f".:site:/{wheels.folder()}", "PYTHONUNBUFFERED": "1"}
     settings = " ".join(f"{name}={value}" for name, value in variables.items())
     found = "ls /usr/pkg/bin/python3.[0-9] /usr/pkg/bin/python3.[0-9][0-9] 2>/dev/null"
     newest = f"python=$({found} | sort -t. -k2n | tail -n 1)"
@@ -279,9 +277,11 @@ def ssh_command(machine: Machine, *command: str) -> list[str]:
     return [*line, "root@127.0.0.1", *command]
 
 
-def archive(programs: Path | None = None) -> bytes:
+def archive(programs: Path | None = None, *, with_wheels: bool = True) -> bytes:
     """Return a tar.gz of pykq, its tests, site/ with pytest, and programs/ where there are some."""
-    files = _ours() | {f"site/{name}": path for name, path in _distributions().items()}
+    files = _ours()
+    if with_wheels:
+        files |= {f"site/{name}": path for name, path in wheels.files().items()}
     if programs is not None:
         programs_there = (path for path in programs.iterdir() if path.is_file() and os.access(path, os.X_OK))
         files |= {f"programs/{path.name}": path for path in programs_there}
@@ -308,26 +308,4 @@ def _ours() -> dict[str, Path]:
     folders = ("pykq", "tests/rules", "tests/guest")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     paths += [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests").glob("__pycache__/*"), ROOT / "README.md"]
-    return {str(path.relative_to(ROOT)): path for path in paths if _goes(path)}
-
-
-def _distributions() -> dict[str, Path]:
-    """Return the files of the wheels that pytest consists of, as installed here."""
-    files: dict[str, Path] = {}
-    for name in _WHEELS:
-        entries: Any = metadata.files(name) or ()
-        for entry in entries:
-            path = Path(entry.locate())
-            if "lexers" in entry.parts and not entry.name.startswith(_LEXERS):
-                continue
-            if ".." not in entry.parts and path.exists() and _goes(path):
-                files[str(entry)] = path
-    return files
-
-
-def _goes(path: Path) -> bool:
-    """Tell bytecode that is not this Python's from other files.
-
-    A guest whose Python makes the same bytecode takes this, and others do not look at it.
-    """
-    return "__pycache__" not in path.parts or str(sys.implementation.cache_tag) in path.name
+    return {str(path.relative_to(ROOT)): path for path in paths if wheels.goes(path)}

@@ -19,6 +19,7 @@ from py_compile import PycInvalidationMode
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from . import wheels
 from .archive import inside, opened
 from .build import MACHINE, Builder
 from .cache import digest, locked, read_json, write_whole
@@ -87,13 +88,14 @@ class _Root:
     folder: Path
     spec: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, content: bytes, mode: int) -> None:
-        """Add a file that belongs to root."""
+    def add(self, name: str, content: bytes, mode: int) -> Path:
+        """Add a file that belongs to root; return where it is."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         path.write_bytes(content)
         self.spec[name] = f"type=file uid=0 gid=0 mode={mode:04o}"
+        return path
 
     def write_spec(self, path: Path) -> None:
         """Write the spec for makefs, parents before what is in them."""
@@ -140,7 +142,7 @@ def image_of(builder: Builder, kernel: Path | None = None, *, sets: Sequence[str
     boots = None if kernel is None else _stamps([kernel])
     made_by = sys.implementation.cache_tag  # _compile_python
     parts = _stamps(_archives(builder.settings, sets))
-    key = digest(parts, ours, _manual_page(builder), boots, made_by)
+    key = digest(parts, ours, wheels.folder(), _manual_page(builder), boots, made_by)
     return Image(builder.settings.cache / "image" / key)
 
 
@@ -179,6 +181,9 @@ def _make(
     _compile_python(root, work)
     for name, (target, mode) in _FILES.items():
         root.add(target, (GUEST / name).read_bytes(), mode)
+    for name, path in wheels.files().items():
+        copy = root.add(f"{wheels.folder()}/{name}", path.read_bytes(), 0o644)
+        shutil.copystat(path, copy)  # its time, which its bytecode names
     if page:
         root.add("usr/share/man/man2/kqueue.2", page.encode(), 0o444)
     _add_keys(image, root)
