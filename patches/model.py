@@ -193,9 +193,7 @@ def steps(state: State, me: int, mutant: str) -> Iterator[tuple[State, bool]]:
             yield go("sleep", "EWOULDBLOCK", asleep=rest)[0], True
         if state.signals:
             yield go("sleep", "signal", asleep=rest, signals=state.signals - 1)[0], True
-    elif at == "woken":  # atomic_dec_uint(&kq->kq_wait)
-        yield go("test", sleepers=state.sleepers - 1)
-    elif at == "test":  # if (KQ_COUNT(kq) == 0 && kqueue_untickle(kq))
+    elif at == "woken":  # if (KQ_COUNT(kq) == 0 && kqueue_untickle(kq, 1))
         error, tested = thread.error, mutant != "the flag is not tested after the sleep"
         if mutant == "a timeout wins over a tickle" and error == "EWOULDBLOCK":
             tested = False
@@ -203,17 +201,20 @@ def steps(state: State, me: int, mutant: str) -> Iterator[tuple[State, bool]]:
             yield go("clear", "tickled")
         else:
             over = " over a tickle" if error and state.tickled and state.queued == 0 else ""
-            yield go("slept", error + over)
-    elif at == "clear":  # atomic_and_uint(&kq->kq_wait, ~KQ_TICKLED)
+            yield go("count out", error + over)
+    elif at == "count out":  # atomic_dec_uint(&kq->kq_wait)
+        yield go("slept", sleepers=state.sleepers - 1)
+    elif at == "clear":  # atomic_add_int(&kq->kq_wait, -(KQ_TICKLED + 1))
         if not state.due:
             raise Wrong("a wait was interrupted, and no tickle had been sent since the last return")
         if state.queued:
             raise Wrong("a tickle won over an event")
         if mutant == "the branch for a tickle keeps the lock":
             moved, _ = leave()
-            yield moved._replace(owner=me, tickled=False, due=False), False
+            yield moved._replace(owner=me, tickled=False, sleepers=state.sleepers - 1, due=False), False
         else:
-            yield go("slept", tickled=mutant == "the flag is not cleared", due=False)
+            kept = mutant == "the flag is not cleared"
+            yield go("slept", tickled=kept, sleepers=state.sleepers - 1, due=False)
     elif at == "slept":
         if thread.error:
             yield go("end")
@@ -232,7 +233,7 @@ def steps(state: State, me: int, mutant: str) -> Iterator[tuple[State, bool]]:
         else:
             yield go("untickle", "events", queued=state.queued - 1)
             yield go("retry", queued=state.queued - 1)[0], True  # it has gone since it was queued
-    elif at == "untickle":  # (void)kqueue_untickle(kq), in a poll and with events
+    elif at == "untickle":  # (void)kqueue_untickle(kq, 0), in a poll and with events
         kept = (
             mutant == "the flag is not cleared"
             or (mutant == "the flag is not cleared with events" and thread.error == "events")
