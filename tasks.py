@@ -17,7 +17,7 @@ from invoke import Collection, Context, Exit, task
 
 from pykq import demo as demo_
 from vm import bench as bench_
-from vm import build, config, console, guest, log, native, qemu, rump, suite, upstream
+from vm import build, console, guest, log, native, qemu, rump, suite, upstream
 from vm import install as install_
 from vm import page as page_
 from vm import patches as patches_
@@ -25,6 +25,7 @@ from vm import regress as regress_
 from vm import run as run_
 from vm import stress as stress_
 from vm.clean import clean as clean_
+from vm.config import Settings, load
 from vm.doctor import examine
 from vm.release import resolve, show
 
@@ -43,15 +44,26 @@ GUEST = TREE | {
 }
 NAMED = {"name": "the guest's name (default pykq)"}
 
+_SETTING = {"config": "kernel_config"}  # options that are called otherwise among the settings
+
 
 _NAMED_ONLY = inspect.Parameter.KEYWORD_ONLY
 
 
-def command(*, help: dict[str, str], **options: Any) -> Callable[[Callable[..., None]], Any]:
-    """Make a task of which a failure in vm/ is one line and an exit status, with a log file, and with -q."""
+def command(
+    *, help: dict[str, str], chosen: dict[str, str] | None = None, **options: Any
+) -> Callable[[Callable[..., None]], Any]:
+    """Make a task of which a failure in vm/ is one line and an exit status, with a log file, and with -q.
+
+    A body with a parameter named settings is given these, merged from the
+    environment, the configuration file and the options chosen (BUILD, TREE or
+    GUEST), which the task has before those of its body.
+    """
+    chosen = chosen or {}
 
     def decorate(body: Callable[..., None]) -> Any:
-        signature = inspect.signature(body)
+        parameters = dict(inspect.signature(body).parameters)
+        wants_settings = parameters.pop("settings", None) is not None
         more = {"quiet": "say nothing but errors", "timings": "say where the seconds went"}
         quiet, timings = (inspect.Parameter(name, _NAMED_ONLY, default=False) for name in more)
 
@@ -59,12 +71,18 @@ def command(*, help: dict[str, str], **options: Any) -> Callable[[Callable[..., 
         def run(*arguments: Any, quiet: bool, timings: bool, **options: Any) -> None:
             log.console.quiet = quiet
             log.console.stderr = options.get("json", False)
-            name = body.__name__.strip("_").replace("_", "-")
-            _run(functools.partial(body, *arguments, **options), name, timings)
+            words = {_SETTING.get(name, name): options.pop(name) for name in chosen}
 
-        context, *own = (parameter.replace(kind=_NAMED_ONLY) for parameter in signature.parameters.values())
-        run.__signature__ = signature.replace(parameters=[context, quiet, *own, timings])  # -q is quiet
-        return task(run, help=help | more, **options)
+            def work() -> None:
+                settings = {"settings": load(**words)} if wants_settings else {}
+                body(*arguments, **settings, **options)
+
+            _run(work, body.__name__.strip("_").replace("_", "-"), timings)
+
+        context, *own = (parameter.replace(kind=_NAMED_ONLY) for parameter in parameters.values())
+        of_settings = [inspect.Parameter(name, _NAMED_ONLY, default="") for name in chosen]
+        run.__signature__ = inspect.Signature([context, quiet, *of_settings, *own, timings])  # -q is quiet
+        return task(run, help=help | chosen | more, **options)
 
     return decorate
 
@@ -77,10 +95,10 @@ def _run(body: Callable[[], None], name: str, timings: bool) -> None:
     path = None
     with ExitStack() as stack:
         try:
-            path = config.load().cache / "log" / f"{name}.log"
+            path = load().cache / "log" / f"{name}.log"
             stack.enter_context(log.kept(path))
             if timings:
-                stack.enter_context(log.timings(config.load().cache / "timings" / f"{name}.json"))
+                stack.enter_context(log.timings(load().cache / "timings" / f"{name}.json"))
             body()
         except log.Failure as failure:
             log.report(failure, path if failure.status > 1 else None)
@@ -103,36 +121,17 @@ def _run(body: Callable[[], None], name: str, timings: bool) -> None:
 
 
 @command(
-    help=GUEST
-    | {
+    chosen=GUEST,
+    help={
         "in_guest": "build the patched one in a guest, with NetBSD's own compiler, install and boot it there",
         "cpus": "with --in-guest, number of virtual processors (default 2)",
         "dry_run": "print the commands, run none",
-    }
+    },
 )
 def build_kernel(
-    c: Context,
-    release: str = "",
-    mirror: str = "",
-    source: str = "",
-    sets: str = "",
-    python: str = "",
-    toolchain: str = "",
-    config: str = "",
-    in_guest: bool = False,
-    cpus: int = 2,
-    dry_run: bool = False,
+    c: Context, settings: Settings, in_guest: bool = False, cpus: int = 2, dry_run: bool = False
 ) -> None:
     """Build a stock and a patched NetBSD kernel, from a release or a source tree."""
-    settings = _settings(
-        release=release,
-        mirror=mirror,
-        source=source,
-        sets=sets,
-        python=python,
-        toolchain=toolchain,
-        kernel_config=config,
-    )
     if in_guest:
         if dry_run:
             raise log.Failure("--in-guest has no --dry-run", hint="vm/native.py has the few commands")
@@ -144,8 +143,8 @@ def build_kernel(
 
 
 @command(
-    help=TREE
-    | {
+    chosen=TREE,
+    help={
         "host": "a name of your ssh_config, or user@host:port",
         "ssh_config": "in place of your own ssh_config",
         "yes": "do it; else only what would be done is said",
@@ -153,37 +152,17 @@ def build_kernel(
     auto_shortflags=False,
 )
 def install(
-    c: Context,
-    host: str = "",
-    release: str = "",
-    mirror: str = "",
-    source: str = "",
-    toolchain: str = "",
-    config: str = "",
-    ssh_config: str = "",
-    yes: bool = False,
+    c: Context, settings: Settings, host: str = "", ssh_config: str = "", yes: bool = False
 ) -> None:
     """Put the patched kernel on a NetBSD machine over ssh; the old one stays as /onetbsd."""
     if not host:
         raise log.Failure("no machine to install on", hint="--host names one of your ssh_config")
-    settings = _settings(
-        release=release, mirror=mirror, source=source, toolchain=toolchain, kernel_config=config
-    )
-    path = Path(ssh_config).expanduser() if ssh_config else None
-    install_.install(resolve(settings, "source"), host, ssh_config=path, yes=yes)
+    install_.install(resolve(settings, "source"), host, ssh_config=_path(ssh_config), yes=yes)
 
 
-@command(help=BUILD | {"sanitize": "with AddressSanitizer and UndefinedBehaviorSanitizer"})
-def build_rump(
-    c: Context,
-    release: str = "",
-    mirror: str = "",
-    source: str = "",
-    toolchain: str = "",
-    sanitize: bool = False,
-) -> None:
+@command(chosen=BUILD, help={"sanitize": "with AddressSanitizer and UndefinedBehaviorSanitizer"})
+def build_rump(c: Context, settings: Settings, sanitize: bool = False) -> None:
     """Build the same kernel code, stock and patched, as libraries for this host."""
-    settings = _settings(release=release, mirror=mirror, source=source, toolchain=toolchain)
     rump.build_rump(resolve(settings, "source"), sanitize=sanitize)
 
 
@@ -220,21 +199,11 @@ def test(
     select: str = "",
 ) -> None:
     """Run the tests on the host, on the rump kernels and in the guests."""
-    matrix = [
-        _settings(
-            release=one,
-            mirror=mirror,
-            source=tree,
-            sets=sets,
-            python=python,
-            toolchain=toolchain,
-            kernel_config=config,
-        )
-        for one in release or [""]
-        for tree in source or [""]
-    ]
+    each = {"mirror": mirror, "sets": sets, "python": python, "toolchain": toolchain, "kernel_config": config}
+    pairs = [(one, tree) for one in release or [""] for tree in source or [""]]
+    matrix = [load(**each, release=one, source=tree) for one, tree in pairs]
     if hosts:
-        names, file = hosts.split(","), Path(ssh_config).expanduser() if ssh_config else None
+        names, file = hosts.split(","), _path(ssh_config)
         suite.run_on_hosts(names, matrix[0], ssh_config=file, selection=select, quick=quick)
         return
     where = "host" if host else "guest" if guest else ""
@@ -242,78 +211,42 @@ def test(
 
 
 @command(help={"install": "install what is missing, with sudo when not root", "json": "print it as JSON"})
-def doctor(c: Context, install: bool = False, json: bool = False) -> None:
+def doctor(c: Context, settings: Settings, install: bool = False, json: bool = False) -> None:
     """Say what is here, what is missing, and the one command that installs it."""
-    if not examine(_settings(), install=install, as_json=json) and not install:
+    if not examine(settings, install=install, as_json=json) and not install:
         raise Exit(code=1)
 
 
 @command(
-    help=BUILD
-    | {
+    chosen=BUILD,
+    help={
         "format": "upstream: write the patch as NetBSD would commit it, and a letter to tech-kern, as mails",
         "output": "the folder to write them to (default kqueue-tickle)",
-    }
+    },
 )
-def patches(
-    c: Context,
-    release: str = "",
-    mirror: str = "",
-    source: str = "",
-    toolchain: str = "",
-    format: str = "",
-    output: str = "kqueue-tickle",
-) -> None:
+def patches(c: Context, settings: Settings, format: str = "", output: str = "kqueue-tickle") -> None:
     """Say which port of the patch fits a source, and why the others do not."""
-    if format:
-        if format != "upstream":
-            raise log.Failure(f"there is no format {format!r}", hint="upstream")
+    if not format:
+        patches_.show(build.select(resolve(settings, "source")).source)
+    elif format == "upstream":
         upstream.write(Path(output))
-        return
-    settings = _settings(release=release, mirror=mirror, source=source, toolchain=toolchain)
-    patches_.show(build.select(resolve(settings, "source")).source)
+    else:
+        raise log.Failure(f"there is no format {format!r}", hint="upstream")
 
 
-@command(help=GUEST | {"all": "everything in the cache", "dry_run": "say what would go, remove nothing"})
-def clean(
-    c: Context,
-    release: str = "",
-    mirror: str = "",
-    source: str = "",
-    sets: str = "",
-    python: str = "",
-    toolchain: str = "",
-    config: str = "",
-    all: bool = False,
-    dry_run: bool = False,
-) -> None:
+@command(
+    chosen=GUEST, help={"all": "everything in the cache", "dry_run": "say what would go, remove nothing"}
+)
+def clean(c: Context, settings: Settings, all: bool = False, dry_run: bool = False) -> None:
     """Remove from the cache what the settings do not use, and say what that frees."""
-    settings = _settings(
-        release=release,
-        mirror=mirror,
-        source=source,
-        sets=sets,
-        python=python,
-        toolchain=toolchain,
-        kernel_config=config,
-    )
     clean_(settings, everything=all, dry_run=dry_run)
 
 
-@command(help=BUILD | NAMED | {"here": "on this host's own kqueue, with the mechanism that it has"})
-def demo(
-    c: Context,
-    release: str = "",
-    mirror: str = "",
-    source: str = "",
-    toolchain: str = "",
-    name: str = "pykq",
-    here: bool = False,
-) -> None:
+@command(chosen=BUILD, help=NAMED | {"here": "on this host's own kqueue, with the mechanism that it has"})
+def demo(c: Context, settings: Settings, name: str = "pykq", here: bool = False) -> None:
     """Interrupt a real kevent while you watch: in the guest when it is up, else on a rump kernel."""
     if here:
         raise Exit(code=demo_.main(["--kernel", "system"]))
-    settings = _settings(release=release, mirror=mirror, source=source, toolchain=toolchain)
     machine = qemu.find(settings, name)
     if machine is not None:
         guest.run_module(machine, "pykq.demo")
@@ -322,22 +255,19 @@ def demo(
 
 
 @command(
-    help=BUILD
-    | NAMED
+    chosen=BUILD,
+    help=NAMED
     | {
         "loop": "also time an edit of kern_event.c to the verdict of the rules on both rump kernels",
         "host": "instead, time boots, an edit to the first test in a guest, and a build of nothing",
         "full": "both kernels, in guests of their own with 1, 2 and 4 CPUs, and as rump kernels; with --host,"
         " a build from nothing, too",
         "json": "print it as JSON",
-    }
+    },
 )
 def bench(
     c: Context,
-    release: str = "",
-    mirror: str = "",
-    source: str = "",
-    toolchain: str = "",
+    settings: Settings,
     name: str = "pykq",
     loop: bool = False,
     host: bool = False,
@@ -345,7 +275,6 @@ def bench(
     json: bool = False,
 ) -> None:
     """Measure a tickle beside its rivals, in the guest when it is up and on the rump kernel."""
-    settings = _settings(release=release, mirror=mirror, source=source, toolchain=toolchain)
     if host:
         bench_.run_host(resolve(settings), full=full, as_json=json)
     else:
@@ -353,99 +282,52 @@ def bench(
 
 
 @command(
-    help={name: text for name, text in GUEST.items() if name != "config"}
-    | {
+    chosen={name: text for name, text in GUEST.items() if name != "config"},
+    help={
         "rounds": "tickles to be accounted for in guests (default 6 million); half as many on rump kernels,"
         " a twentieth with LOCKDEBUG",
         "minutes": "how long each fuzzer runs (default 5)",
-    }
+    },
 )
-def stress(
-    c: Context,
-    release: str = "",
-    mirror: str = "",
-    source: str = "",
-    sets: str = "",
-    python: str = "",
-    toolchain: str = "",
-    rounds: int = 6_000_000,
-    minutes: float = 5.0,
-) -> None:
+def stress(c: Context, settings: Settings, rounds: int = 6_000_000, minutes: float = 5.0) -> None:
     """Race and fuzz on every kernel, one with LOCKDEBUG too; test the rules with 1, 2 and 4 CPUs."""
-    settings = _settings(
-        release=release, mirror=mirror, source=source, sets=sets, python=python, toolchain=toolchain
-    )
     stress_.run(settings, rounds=rounds, minutes=minutes)
 
 
-@command(help=GUEST | {"libkqueue": "a folder with libkqueue's source, for its tests"})
-def regress(
-    c: Context,
-    release: str = "",
-    mirror: str = "",
-    source: str = "",
-    sets: str = "",
-    python: str = "",
-    toolchain: str = "",
-    config: str = "",
-    libkqueue: str = "",
-) -> None:
+@command(chosen=GUEST, help={"libkqueue": "a folder with libkqueue's source, for its tests"})
+def regress(c: Context, settings: Settings, libkqueue: str = "") -> None:
     """Run NetBSD's, CPython's and libkqueue's tests of kqueue on both kernels, and compare."""
-    settings = _settings(
-        release=release,
-        mirror=mirror,
-        source=source,
-        sets=sets,
-        python=python,
-        toolchain=toolchain,
-        kernel_config=config,
-    )
     regress_.run(settings, Path(libkqueue).absolute() if libkqueue else None)
 
 
 @command(help={})
-def page(c: Context) -> None:
+def page(c: Context, settings: Settings) -> None:
     """Write tests/RESULTS.md and its plots from what bench --full, stress and regress measured last."""
-    page_.write(_settings())
+    page_.write(settings)
 
 
 @command(
-    help=GUEST
-    | NAMED
+    chosen=GUEST,
+    help=NAMED
     | {
         "kernel": "stock or patched (default)",
         "cpus": "number of virtual processors (default 2)",
         "memory": "MiB of memory (default 512)",
         "port": "TCP port on 127.0.0.1 that leads to the guest's ssh (default: a free one)",
         "dry_run": "print the QEMU command, do not start it",
-    }
+    },
 )
 def up(
     c: Context,
+    settings: Settings,
     kernel: str = "patched",
     name: str = "pykq",
-    release: str = "",
-    mirror: str = "",
-    source: str = "",
-    sets: str = "",
-    python: str = "",
-    toolchain: str = "",
-    config: str = "",
     cpus: int = 2,
     memory: int = 512,
     port: int = 0,
     dry_run: bool = False,
 ) -> None:
     """Start the guest and return when its ssh answers."""
-    settings = _settings(
-        release=release,
-        mirror=mirror,
-        source=source,
-        sets=sets,
-        python=python,
-        toolchain=toolchain,
-        kernel_config=config,
-    )
     if dry_run and show(settings):
         return
     qemu.up(
@@ -460,37 +342,37 @@ def up(
 
 
 @command(help=NAMED | {"command": "run this instead of a login shell"})
-def ssh(c: Context, command: str = "", name: str = "pykq") -> None:
+def ssh(c: Context, settings: Settings, command: str = "", name: str = "pykq") -> None:
     """Log in to the guest as root."""
-    machine = qemu.must_find(_settings(), name)
+    machine = qemu.must_find(settings, name)
     line = guest.ssh_command(machine, *([command] if command else []))
     sys.stdout.flush()
     os.execvp(line[0], line)
 
 
 @command(name="console", help=NAMED)
-def console_(c: Context, name: str = "pykq") -> None:
+def console_(c: Context, settings: Settings, name: str = "pykq") -> None:
     """Talk to the guest's serial console; Ctrl-] leaves it."""
-    console.attach(qemu.must_find(_settings(), name))
+    console.attach(qemu.must_find(settings, name))
 
 
 @command(help=NAMED | {"json": "print it as JSON"})
-def status(c: Context, name: str = "pykq", json: bool = False) -> None:
+def status(c: Context, settings: Settings, name: str = "pykq", json: bool = False) -> None:
     """Say whether the guest runs, on which kernel, and where its ssh is."""
-    if not qemu.status(_settings(), name, as_json=json):
+    if not qemu.status(settings, name, as_json=json):
         raise Exit(code=1)
 
 
 @command(help=NAMED)
-def down(c: Context, name: str = "pykq") -> None:
+def down(c: Context, settings: Settings, name: str = "pykq") -> None:
     """End the guest; its disk goes back to the image."""
-    ended = qemu.down(_settings(), name)
+    ended = qemu.down(settings, name)
     log.say(f"guest {name} is down" if ended else f"there is no guest {name}")
 
 
-def _settings(**chosen: str) -> config.Settings:
-    """Merge the options of a command with the environment and the configuration file."""
-    return config.load(**chosen)
+def _path(name: str) -> Path | None:
+    """Return the path of an option that names a file, None where it is not given."""
+    return Path(name).expanduser() if name else None
 
 
 namespace = Collection(

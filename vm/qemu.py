@@ -202,6 +202,7 @@ def command_line(machine: Machine, disk: Path) -> list[str]:
     """Return the QEMU command, an option and its value beside each other."""
     accelerator = "tcg,thread=multi" if machine.accelerator == "tcg" else machine.accelerator
     forward = f"hostfwd=tcp:127.0.0.1:{machine.ssh_port}-:22"
+    drive = "format=raw,werror=report"  # else the guest stops, and says nothing, when the host's disk is full
     line = [QEMU]
     line += ["-name", f"pykq-{machine.name}"]
     line += ["-nodefaults"]
@@ -218,10 +219,10 @@ def command_line(machine: Machine, disk: Path) -> list[str]:
                          f"logfile={_value(machine.console_log)},logappend=off"]
     line += ["-serial", "chardev:console"]
     line += ["-qmp", f"unix:{_value(machine.qmp)},server=on,wait=off"]
-    line += ["-drive", f"if=none,id=root,format=raw,snapshot=on,file={_value(disk)}"]
+    line += ["-drive", f"if=none,id=root,{drive},snapshot=on,file={_value(disk)}"]
     line += ["-device", "virtio-blk-pci,drive=root"]
     if machine.disk:
-        line += ["-drive", f"if=none,id=second,format=raw,file={_value(Path(machine.disk))}"]
+        line += ["-drive", f"if=none,id=second,{drive},file={_value(Path(machine.disk))}"]
         line += ["-device", "virtio-blk-pci,drive=second"]
     line += ["-netdev", f"user,id=net,restrict=on,ipv6=off,{forward}"]
     line += ["-device", "virtio-net-pci,netdev=net,romfile="]

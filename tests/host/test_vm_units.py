@@ -264,7 +264,7 @@ def test_only_a_guest_with_a_disk_of_its_own_reboots(tmp_path: Path) -> None:
     other = qemu.command_line(machine(tmp_path), Path("/disk"))
     line = qemu.command_line(machine(tmp_path, disk="/s,econd"), Path("/disk"))
     assert "-no-reboot" in other and "-no-reboot" not in line
-    assert "if=none,id=second,format=raw,file=/s,,econd" in line
+    assert "if=none,id=second,format=raw,werror=report,file=/s,,econd" in line
     assert line.index("virtio-blk-pci,drive=root") < line.index("virtio-blk-pci,drive=second"), "ld0 and ld1"
 
 
