@@ -10,6 +10,7 @@ import errno
 import os
 import platform
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -45,6 +46,7 @@ _ERRNO_NAMES = (
 _NETBSD_ERRNO = {11: "EDEADLK"} | dict(enumerate(_ERRNO_NAMES.split(), start=35))
 
 _ERESTART = -3  # sys/errno.h, inside the kernel only
+_START_S = 1.0  # no thread takes longer to begin
 
 
 class Kernel:
@@ -335,22 +337,29 @@ class RumpKernel(Kernel):
         """
         if threading.get_ident() != self._main_thread or timeout == POLL or not nevents:
             return self._kevent(fd, changes, nchanges, events, nevents, timeout)
-        outcome = []
+        outcome: list[tuple[int, int]] = []
+        kqueue = self.kqueues.get(fd)
+        waits: list[int] = [] if kqueue is None else kqueue._waits  # so that close() wakes the helper, too
 
         def call() -> None:
-            outcome.append(
-                (self._kevent(fd, changes, nchanges, events, nevents, timeout), ctypes.get_errno())
-            )
+            waits.append(threading.get_ident())
+            try:
+                result = self._kevent(fd, changes, nchanges, events, nevents, timeout)
+                outcome.append((result, ctypes.get_errno()))
+            finally:
+                waits.remove(threading.get_ident())
 
         helper = threading.Thread(target=call, name="pykq wait", daemon=True)
         try:
             helper.start()
             helper.join()
         except BaseException:
-            kqueue = self.kqueues.get(fd)
-            while kqueue is not None and not kqueue.closed and helper.is_alive():
+            deadline = time.monotonic() + _START_S
+            while kqueue is not None and not kqueue.closed and not outcome:
+                if helper.ident is None and time.monotonic() > deadline:
+                    break  # it was not even started
                 kqueue.tickle()  # again and again: another thread's wait may take it
-                helper.join(0.001)
+                time.sleep(0.001)
             raise
         result, number = outcome[0]
         ctypes.set_errno(number)  # each thread has its own: hand the helper's on

@@ -89,7 +89,7 @@ def test_qemu_killed_while_tests_run(machine: qemu.Machine, tmp_path: Path) -> N
 def test_full_disk_of_the_guest_is_named(machine: qemu.Machine) -> None:
     """A small one, where the files go that are copied there."""
     with guest.connect(machine) as connection:
-        connection.run("mount -t tmpfs -o -s1m tmpfs /tmp", hide=True)
+        connection.run("mount -t tmpfs -o -s256k tmpfs /tmp", hide=True)
         with pytest.raises(Failure, match="'tar -xzf - -C /tmp/pykq-") as caught, guest.installed(connection):
             pass
         assert connection.run("ls /tmp", hide=True).stdout == ""
