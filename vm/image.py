@@ -26,7 +26,7 @@ from .cache import digest, locked, read_json, write_whole
 from .config import Settings
 from .log import Failure, Step, step
 from .patches import NoFit
-from .run import need, run
+from .run import need, run, uninterrupted
 from .upstream import PAGE, manual_page
 
 GUEST = Path(__file__).resolve().parent / "guest"
@@ -132,7 +132,8 @@ def build_image(builder: Builder, kernel: Path | None = None, *, sets: Sequence[
                 shutil.rmtree(image.folder, ignore_errors=True)
                 work_folder.rename(image.folder)
         finally:
-            shutil.rmtree(work_folder, ignore_errors=True)
+            with uninterrupted():
+                shutil.rmtree(work_folder, ignore_errors=True)
         return image
 
 

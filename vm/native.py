@@ -178,8 +178,9 @@ def _disk(builder: Builder, key: str) -> Path:
             run([*command, part, staging])
         part.rename(disk)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        part.unlink(missing_ok=True)
+        with uninterrupted():
+            shutil.rmtree(staging, ignore_errors=True)
+            part.unlink(missing_ok=True)
     return disk
 
 

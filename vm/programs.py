@@ -15,7 +15,7 @@ from .config import Settings
 from .image import set_archives
 from .log import Failure, step
 from .rump import SANITIZERS, rump_folder
-from .run import need, run
+from .run import need, run, uninterrupted
 
 SOURCES = Path(__file__).resolve().parent.parent / "tests" / "c"
 
@@ -127,7 +127,16 @@ def _sysroot(settings: Settings) -> Path:
         archives = set_archives(settings.sets, SETS)
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
-        with step("NetBSD's libraries and headers") as work:
-            unpack(archives, part, lambda name: name if name.startswith(_READ) else None, work, links=True)
-        part.rename(folder)
+        try:
+            with step("NetBSD's libraries and headers") as work:
+                unpack(archives, part, _read, work, links=True)
+            part.rename(folder)
+        finally:
+            with uninterrupted():
+                shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _read(name: str) -> str | None:
+    """Return the name of a set's member, None for what no compiler reads."""
+    return name if name.startswith(_READ) else None

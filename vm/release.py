@@ -18,6 +18,7 @@ from .cache import locked, read_json, write_whole
 from .config import NEWEST, RELEASE_PARTS, Settings
 from .log import Failure, Step, say, step
 from .mirror import WAYS_ON, Mirrors, Missing, is_url
+from .run import uninterrupted
 from .signature import SIGNER, is_known, verified
 
 Parsed = TypeVar("Parsed")
@@ -223,7 +224,8 @@ class Release:
             shutil.rmtree(self.path("source"), ignore_errors=True)
             part.rename(self.path("source"))
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            with uninterrupted():
+                shutil.rmtree(part, ignore_errors=True)
             raise
         shutil.rmtree(self.path("download"))
         return [*have, *missing]
