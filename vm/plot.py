@@ -48,13 +48,17 @@ def draw(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 def _round_trips(axis: Any, run: dict[str, Any]) -> None:
     """Draw which share of the round trips was faster than what."""
+    from matplotlib.ticker import LogLocator
+
     for name, way in run["c"]["ways"].items():
         every = way["round_trip_ns"]["all"]
         times: dict[float, int] = dict(enumerate(every["percentiles"]))
         if "p999" in every:  # of few samples it says nothing
             times[99.9] = every["p999"]
         axis.plot([time / 1000 for time in times.values()], list(times), label=name)
-    axis.set_xscale("log")
+    axis.set_xscale("log", subs=())
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("round trip, µs")
     axis.set_ylabel("% of round trips")
 
