@@ -284,8 +284,8 @@ def bench(
 @command(
     chosen={name: text for name, text in GUEST.items() if name != "config"},
     help={
-        "rounds": "tickles to be accounted for on the rump kernel (default 6 million); a hundredth in a guest,"
-        " a thousandth with LOCKDEBUG",
+        "rounds": "tickles to be accounted for on the rump kernel (default 6 million), a hundredth in a"
+        " guest, a thousandth with LOCKDEBUG",
         "minutes": "how long each fuzzer runs (default 5)",
     },
 )

@@ -201,7 +201,7 @@ def test_stress_keeps_what_ran_before_it_is_stopped(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         stress.run(settings, rounds=30, minutes=1)
     ran = json.loads((settings.cache / "stress" / "stress.json").read_text())["ran"]
-    assert [one.get("program", one.get("what")) for one in ran] == ["races on rump 15", "libFuzzer"]
+    assert [one.get("program", one.get("what")) for one in ran] == ["races on rump 30", "libFuzzer"]
     assert ran[0]["failed"] == "it broke"
 
 
