@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .log import Failure, say
+from .run import uninterrupted
 
 
 def digest(*parts: object) -> str:
@@ -37,6 +39,20 @@ def write_whole(path: Path, content: str | bytes, mode: int = 0o644) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield the name of a folder to make, which takes this one's place when it is whole, or goes."""
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        with uninterrupted():
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

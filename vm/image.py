@@ -22,11 +22,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from . import wheels
 from .archive import inside, opened
 from .build import MACHINE, Builder
-from .cache import digest, locked, read_json, write_whole
+from .cache import digest, locked, read_json, whole_folder, write_whole
 from .config import Settings
 from .log import Failure, Step, step
 from .patches import NoFit
-from .run import need, run, uninterrupted
+from .run import need, run
 from .upstream import PAGE, manual_page
 
 GUEST = Path(__file__).resolve().parent / "guest"
@@ -121,19 +121,11 @@ def build_image(builder: Builder, kernel: Path | None = None, *, sets: Sequence[
             return image
         archives, page = _archives(builder.settings, sets), _manual_page(builder)
         tools = image_tools(builder)
-        work_folder = image.folder.with_suffix(".part")
-        shutil.rmtree(work_folder, ignore_errors=True)
-        try:
-            with step("guest image") as work:
-                part = Image(work_folder)
-                _make(part, archives, page, kernel, tools, work)
-                made_of = {"parts": _stamps(archives), "kernel": str(kernel)}
-                write_whole(part.manifest, json.dumps(made_of, indent=1))
-                shutil.rmtree(image.folder, ignore_errors=True)
-                work_folder.rename(image.folder)
-        finally:
-            with uninterrupted():
-                shutil.rmtree(work_folder, ignore_errors=True)
+        with step("guest image") as work, whole_folder(image.folder) as folder:
+            part = Image(folder)
+            _make(part, archives, page, kernel, tools, work)
+            made_of = {"parts": _stamps(archives), "kernel": str(kernel)}
+            write_whole(part.manifest, json.dumps(made_of, indent=1))
         return image
 
 

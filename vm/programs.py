@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import upstream
 from .archive import unpack
 from .build import PLATFORM, select
-from .cache import digest, file_digest, locked, read_json, write_whole
+from .cache import digest, file_digest, locked, read_json, whole_folder, write_whole
 from .config import Settings
 from .image import set_archives
 from .log import Failure, step
 from .rump import SANITIZERS, rump_folder
-from .run import need, run, uninterrupted
+from .run import need, run
 
 SOURCES = Path(__file__).resolve().parent.parent / "tests" / "c"
 
@@ -125,15 +124,8 @@ def _sysroot(settings: Settings) -> Path:
             return folder
         assert settings.sets is not None
         archives = set_archives(settings.sets, SETS)
-        part = folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            with step("NetBSD's libraries and headers") as work:
-                unpack(archives, part, _read, work, links=True)
-            part.rename(folder)
-        finally:
-            with uninterrupted():
-                shutil.rmtree(part, ignore_errors=True)
+        with step("NetBSD's libraries and headers") as work, whole_folder(folder) as part:
+            unpack(archives, part, _read, work, links=True)
     return folder
 
 

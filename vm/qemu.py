@@ -16,8 +16,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -280,6 +280,19 @@ def up(
         saved=saved and state.can_be_shared(builder.source.top),
         dry_run=dry_run,
     )
+
+
+@contextmanager
+def fresh(settings: Settings, name: str, variant: str, *, cpus: int = 2) -> Iterator[Machine]:
+    """Start a guest that nothing has used before, and end it afterwards; GuestDied: it died meanwhile."""
+    down(settings, name)  # left by a command that was killed
+    machine = up(settings, variant=variant, name=name, cpus=cpus)
+    try:
+        yield machine
+        machine.raise_if_dead()
+    finally:
+        with uninterrupted():
+            down(settings, name)
 
 
 def start(

@@ -21,7 +21,6 @@ from .log import Failure, TestsFailed, say, show, step
 from .programs import compile_for_guest
 from .release import resolve
 from .rivals import compact, this_machine
-from .run import uninterrupted
 
 # NetBSD's own, where the tests set has them; each is a program that runs one test case at a time.
 _ATF = re.compile(r"usr/tests/(kernel/kqueue/.*|lib/libc/sys/t_kevent)")
@@ -60,23 +59,20 @@ def run(settings: Settings, libkqueue: Path | None) -> Path:
     program = None if libkqueue is None else _build_libkqueue(settings, libkqueue)
     outcomes: dict[str, dict[str, Outcomes]] = {}
     for variant in VARIANTS:
-        name = f"regress-{variant}"
-        machine = qemu.up(settings, variant=variant, name=name)
-        try:
-            with guest.connect(machine) as connection, guest.installed(connection) as folder:
-                found = outcomes[variant] = {}
-                # A process may open as many files as the system; a test that does is not alone.
-                connection.run("sysctl -w kern.maxfiles=10000", hide=True)
-                if atf:
-                    found["NetBSD"] = _atf(connection, folder, atf)
-                for module in _CPYTHON:
-                    found[f"CPython {module}"] = _cpython(connection, folder, module)
-                if program is not None:
-                    found["libkqueue"] = _libkqueue(connection, folder, program)
-            machine.raise_if_dead()
-        finally:
-            with uninterrupted():
-                qemu.down(settings, name)
+        with (
+            qemu.fresh(settings, f"regress-{variant}", variant) as machine,
+            guest.connect(machine) as connection,
+            guest.installed(connection) as folder,
+        ):
+            found = outcomes[variant] = {}
+            # A process may open as many files as the system; a test that does is not alone.
+            connection.run("sysctl -w kern.maxfiles=10000", hide=True)
+            if atf:
+                found["NetBSD"] = _atf(connection, folder, atf)
+            for module in _CPYTHON:
+                found[f"CPython {module}"] = _cpython(connection, folder, module)
+            if program is not None:
+                found["libkqueue"] = _libkqueue(connection, folder, program)
     path = settings.cache / "regress" / "regress.json"
     write_whole(path, compact({"machine": this_machine(), "netbsd": machine.netbsd, "outcomes": outcomes}))
     differences = compare(outcomes)

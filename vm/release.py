@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 from . import image, pkgsrc, programs
 from .archive import unpack
 from .build import MACHINE
-from .cache import locked, read_json, write_whole
+from .cache import locked, read_json, whole_folder, write_whole
 from .config import NEWEST, RELEASE_PARTS, Settings
 from .log import Failure, Step, say, step
 from .mirror import WAYS_ON, Mirrors, Missing, is_url
-from .run import uninterrupted
 from .signature import SIGNER, is_known, verified
 
 Parsed = TypeVar("Parsed")
@@ -212,21 +211,11 @@ class Release:
         have = (self._held("source") or []) if self.path("source").is_dir() else []
         missing = [name for name in self.source_sets() if name not in have]
         archives = self._fetch(_SOURCE_SETS, missing, work)
-        part = self.folder / "source.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        if have:
-            self._record("source", None)
-            part.rmdir()
-            self.path("source").rename(part)
-        try:
+        with whole_folder(self.path("source")) as part:
+            if have:
+                self._record("source", None)
+                self.path("source").rename(part)
             unpack(archives, part, _in_source, work)
-            shutil.rmtree(self.path("source"), ignore_errors=True)
-            part.rename(self.path("source"))
-        except BaseException:
-            with uninterrupted():
-                shutil.rmtree(part, ignore_errors=True)
-            raise
         shutil.rmtree(self.path("download"))
         return [*have, *missing]
 

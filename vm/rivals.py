@@ -22,7 +22,6 @@ from .log import Failure, show, step
 from .programs import build_for_guest, build_for_rump
 from .release import Release, resolve
 from .rump import build_rump, rump_folder, run_module
-from .run import uninterrupted
 
 # The guests that are started for a full measurement.
 _GUESTS = (("stock", 2), ("patched", 1), ("patched", 2), ("patched", 4))
@@ -100,13 +99,8 @@ def title(run: dict[str, Any]) -> str:
 
 def _in_own_guest(settings: Settings, variant: str, cpus: int) -> dict[str, Any]:
     """Measure in a guest that is started for it and ended afterwards."""
-    name = f"bench-{variant}"
-    machine = qemu.up(settings, variant=variant, name=name, cpus=cpus)
-    try:
+    with qemu.fresh(settings, f"bench-{variant}", variant, cpus=cpus) as machine:
         return _in_guest(settings, machine)
-    finally:
-        with uninterrupted():
-            qemu.down(settings, name)
 
 
 def _in_guest(settings: Settings, machine: qemu.Machine) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from .programs import build_for_guest, build_for_rump
 from .release import resolve
 from .rivals import compact, this_machine
 from .rump import build_rump, rump_folder
-from .run import uninterrupted
 
 CPUS = (1, 2, 4)
 DEBUG = "PYKQ_DEBUG"  # vm/kernel
@@ -136,16 +135,13 @@ def _fuzz_rump(settings: Settings, minutes: float) -> dict[str, Any]:
 
 def _rules(settings: Settings, variant: str, cpus: int, programs: Path) -> dict[str, Any]:
     """Run the rules, in Python and C, in a guest."""
-    name = f"stress-{variant}"
     junit = settings.cache / "stress" / f"{variant}-{cpus}.xml"
-    machine = qemu.up(settings, variant=variant, name=name, cpus=cpus)
-    try:
-        with step(f"rules in the {variant} guest, {cpus} CPUs"), guest.connect(machine) as connection:
-            status, output = guest.run_tests(connection, junit, [], programs, PYKQ_EXPECT=variant)
-        machine.raise_if_dead()
-    finally:
-        with uninterrupted():
-            qemu.down(settings, name)
+    with (
+        qemu.fresh(settings, f"stress-{variant}", variant, cpus=cpus) as machine,
+        step(f"rules in the {variant} guest, {cpus} CPUs"),
+        guest.connect(machine) as connection,
+    ):
+        status, output = guest.run_tests(connection, junit, [], programs, PYKQ_EXPECT=variant)
     if status:
         raise TestsFailed(f"tests failed in the {variant} guest with {cpus} CPUs", tail=output[-3000:])
     counts = {key: int(re.findall(rf'{key}="(\d+)"', junit.read_text())[0]) for key in ("tests", "skipped")}
@@ -167,20 +163,15 @@ def _in_guest(
     settings: Settings, cpus: int, programs: Path, command: str, rounds: int
 ) -> dict[str, Any]:
     """Run one of the programs in a guest with the patched kernel."""
-    name = "stress"
-    machine = qemu.up(settings, variant="patched", name=name, cpus=cpus)
-    try:
-        with (
-            step(f"{command} in a guest, kernel {settings.kernel_config}, {cpus} CPUs"),
-            guest.connect(machine) as connection,
-            guest.installed(connection, programs) as folder,
-        ):
-            within_s = _PATIENCE_S + rounds * _SLOWEST_ROUND_S
-            result = connection.run(f"{folder}/programs/{command}", hide=True, warn=True, timeout=within_s)
-            machine.raise_if_dead()
-    finally:
-        with uninterrupted():
-            qemu.down(settings, name)
+    with (
+        qemu.fresh(settings, "stress", "patched", cpus=cpus) as machine,
+        step(f"{command} in a guest, kernel {settings.kernel_config}, {cpus} CPUs"),
+        guest.connect(machine) as connection,
+        guest.installed(connection, programs) as folder,
+    ):
+        within_s = _PATIENCE_S + rounds * _SLOWEST_ROUND_S
+        result = connection.run(f"{folder}/programs/{command}", hide=True, warn=True, timeout=within_s)
+        machine.raise_if_dead()  # before the guest is asked to tidy up
     if result.exited:
         raise TestsFailed(f"{command} ended with status {result.exited}", tail=result.stdout + result.stderr)
     found = numbers(result.stdout)

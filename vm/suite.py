@@ -25,7 +25,7 @@ from .mirror import Missing, Unreachable
 from .programs import build_for_guest, build_for_rump
 from .release import resolve
 from .rump import build_rump, rump_folder, sanitizer_environment
-from .run import need, side_by_side, uninterrupted, watch
+from .run import need, side_by_side, watch
 
 # A test that waits for ever is a finding: this ends it, with a traceback.
 _TEST_WITHIN_S = 600
@@ -256,17 +256,9 @@ def _rump(settings: Settings, variant: str, chosen: Sequence[str], tests: str, s
 
 def _guest(settings: Settings, variant: str, chosen: Sequence[str], programs: Path | None) -> None:
     """Run the guest tests on one kernel, in a guest of their own that is ended afterwards."""
-    name = f"test-{variant}"
-    qemu.down(settings, name)  # left by a command that was killed
-    machine = qemu.up(settings, variant=variant, name=name)
-    report = Path(machine.folder) / "junit.xml"
-    try:
-        with guest.connect(machine) as connection:
-            result = guest.run_tests(connection, report, chosen, programs, PYKQ_EXPECT=variant)
-        machine.raise_if_dead()
-    finally:
-        with uninterrupted():
-            qemu.down(settings, name)
+    with qemu.fresh(settings, f"test-{variant}", variant) as machine, guest.connect(machine) as connection:
+        report = Path(machine.folder) / "junit.xml"
+        result = guest.run_tests(connection, report, chosen, programs, PYKQ_EXPECT=variant)
     _judge(f"the {variant} guest", result, chosen)
 
 
