@@ -71,6 +71,7 @@ def text(results: dict[str, Any]) -> str:
         bars=_bars(guests),
         rivals=_rivals(guests),
         python=_python(guests),
+        driver=_driver(guests),
         busy=_busy(runs),
         tickles=_same(run["c"]["returns_for_a_tickle"]["tickles"] for run in _patched(runs)),
         abi=_same(run["c"]["abi"] for run in runs),
@@ -149,6 +150,27 @@ def _python(guests: list[dict[str, Any]]) -> str:
             lines.append(_row(name, *rivals.python_cells(way)))
         lines.append("")
     return "\n".join(lines).strip()
+
+
+def _driver(guests: list[dict[str, Any]]) -> str:
+    """Compare the driver with what does the same without it."""
+    lines = [
+        _row("pykq : other", "at most", *(f"{run['variant']}, {_cpus(run)}" for run in guests)),
+        _row(*["---"] * (2 + len(guests))),
+    ]
+    for pair in dict.fromkeys(pair for run in guests for pair in run["python"]["driver"]):
+        every = [run["python"]["driver"].get(pair) for run in guests]
+        bars = [one["at_most"] for one in every if one and "at_most" in one]
+        lines.append(_row(f"`{pair}`", f"{bars[0]:g}" if bars else "", *map(_driver_cell, every)))
+    return "\n".join(lines).strip()
+
+
+def _driver_cell(numbers: dict[str, float] | None) -> str:
+    """Give a ratio, and say when it is higher than it is to be."""
+    if numbers is None:
+        return ""
+    missed = numbers["ratio"] > numbers.get("at_most", numbers["ratio"])
+    return f"{numbers['ratio']:.2f}{' **missed**' if missed else ''}"
 
 
 def _busy(runs: list[dict[str, Any]]) -> str:

@@ -4,9 +4,10 @@
  *	races [-n rounds] [-s seed] [-e episode] [-w what,...] [-d every]
  *
  * An episode is a kqueue, 1 to 8 threads that wait in it, and a thousand
- * rounds.  In a round a tickle is sent after a random delay, sometimes a burst
- * of them, sometimes with something else going on, and there is no next round
- * before it is answered by a return that may have consumed it.
+ * rounds, or ten thousand when nothing disturbs them.  In a round a tickle is
+ * sent after a random delay, sometimes a burst of them, sometimes with
+ * something else going on, and there is no next round before it is answered by
+ * a return that may have consumed it.
  *
  * A round is accounted for, and -n counts those, when its only tickle was
  * answered by an EINTR that nothing but this tickle can have caused: no signal
@@ -27,6 +28,7 @@
 #include <stdatomic.h>
 
 #define	ROUNDS		1000			/* in an episode */
+#define	UNDISTURBED	10000			/* these cost less */
 #define	BURST		500			/* tickles in a round, at most */
 #define	WAITERS		8			/* at most */
 #define	TICK_NS		INT64_C(10000000)	/* hz is 100 */
@@ -407,7 +409,7 @@ run_episode(void)
 	uint64_t state = seeded(seed, episode), disturbing = seeded(state, 100);
 	struct kevent change;
 	pthread_t disturber;
-	unsigned int i;
+	unsigned int i, n;
 
 	nwaiters = 1 + roll(&state, WAITERS);
 	what = roll(&state, 4) == 0 ? 0 : roll(&state, ALL + 1);
@@ -431,7 +433,8 @@ run_episode(void)
 	}
 	if (pthread_create(&disturber, NULL, disturb_it, &disturbing) != 0)
 		err(1, "pthread_create");
-	for (i = 0; i < ROUNDS; i++)
+	n = what & DISTURBS ? ROUNDS : UNDISTURBED;
+	for (i = 0; i < n; i++)
 		one_round(&state);
 	closing = what & CLOSE;
 	settle();	/* and be done with disturbing */

@@ -151,7 +151,7 @@ def test_a_wakeup_that_fails_is_not_taken_for_one_under_way(selector, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(selector._kq, "_send", interrupted)
+        patch.setattr(selector._kq, "tickle", interrupted)
         with pytest.raises(KeyboardInterrupt):
             selector.wakeup()
     selector.wakeup()

@@ -21,6 +21,7 @@ import pytest
 
 import pykq
 from pykq import EV, EVFILT, Kevent, Mechanism, NoteUser, aio
+from pykq._mechanism import WAKERS
 
 SHORT_S = 0.2
 LONG_S = 30.0
@@ -102,23 +103,30 @@ def test_events_win_and_consume_the_tickle(kq, pipe):
     assert kq.kevent(timeout=SHORT_S) == []
 
 
-def test_a_tickle_is_not_lost_when_events_end_a_wait_before_its_ioctl(kq, pipe):
+def test_a_tickle_is_not_lost_when_events_end_a_wait_before_its_ioctl(kernel, mechanism, pipe, monkeypatch):
     """The moment between what tickle() notes and what the kernel notes, held open."""
-    kq.kevent([Kevent(pipe[0])], 0)
-    send, came_first = kq._send, []
+    make, came_first = WAKERS[mechanism], []
 
-    def wait_and_then(fd, request):
-        kq.kernel.write(pipe[1], b"x")
-        came_first.extend(kq.kevent(timeout=LONG_S))
-        kq.kernel.read(pipe[0], 1)
-        send(fd, request)
+    def make_slow(kernel, fd):
+        waker = make(kernel, fd)
+        send = waker.send
 
-    kq._send = wait_and_then
-    kq.tickle()
-    kq._send = send
-    assert [event.ident for event in came_first] == [pipe[0]]
-    with pytest.raises(pykq.Tickled):
-        kq.kevent(timeout=LONG_S)
+        def wait_and_then(fd, request):
+            kernel.write(pipe[1], b"x")
+            came_first.extend(kq.kevent(timeout=LONG_S))
+            kernel.read(pipe[0], 1)
+            send(fd, request)
+
+        waker.send = wait_and_then
+        return waker
+
+    monkeypatch.setitem(WAKERS, mechanism, make_slow)
+    with pykq.Kqueue(kernel, mechanism=mechanism) as kq:
+        kq.kevent([Kevent(pipe[0])], 0)
+        kq.tickle()
+        assert [event.ident for event in came_first] == [pipe[0]]
+        with pytest.raises(pykq.Tickled):
+            kq.kevent(timeout=LONG_S)
 
 
 def test_on_tickle_is_called_in_the_waiting_thread(kernel, mechanism, waiter):
