@@ -24,8 +24,9 @@ from .rump import build_rump, rump_folder
 CPUS = (1, 2, 4)
 DEBUG = "PYKQ_DEBUG"  # vm/kernel
 
-# A round takes some 0.1 ms on a rump kernel, and with forks or changes several ms in an emulated guest.
-_IN_GUEST = 100
+# A round takes some 0.1 ms on a rump kernel, in an emulated guest 0.5 to 1.2 ms, with LOCKDEBUG more.
+_IN_GUEST = 25
+_WITH_LOCKDEBUG = 100
 CORPUS = guest.ROOT / "tests" / "c" / "corpus"
 
 # A program that hangs says so itself after a minute or two; this is for one that cannot.
@@ -42,7 +43,7 @@ def run(settings: Settings, *, rounds: int, minutes: float) -> Path:
     """Run it all, one after the other; return the JSON file in the cache that says what ran.
 
     rounds is how many tickles are accounted for on the rump kernel (races.c),
-    of which a guest gets a hundredth, and one with LOCKDEBUG a thousandth.
+    of which a guest gets a 25th, and one with LOCKDEBUG a hundredth.
     minutes is how long each fuzzer runs.  The file is written after each
     attempt.  Raises TestsFailed when anything was found, at the end.
     """
@@ -76,7 +77,7 @@ def run(settings: Settings, *, rounds: int, minutes: float) -> Path:
             attempt(_rules, settings, variant, cpus, programs)
     for cpus in CPUS:
         attempt(_in_guest, settings, cpus, programs, f"races -n {rounds // _IN_GUEST}", rounds)
-    attempt(_in_guest, debug, 4, programs, f"races -n {rounds // _IN_GUEST // 10}", rounds)
+    attempt(_in_guest, debug, 4, programs, f"races -n {rounds // _WITH_LOCKDEBUG}", rounds)
     attempt(_in_guest, debug, 4, programs, f"fuzz -t {minutes * 60:.0f}", 0)
     for one in ran:
         say(", ".join(f"{key} {value}" for key, value in one.items()))
