@@ -284,14 +284,17 @@ def bench(
 @command(
     chosen={name: text for name, text in GUEST.items() if name != "config"},
     help={
-        "rounds": "tickles to be accounted for on the rump kernel (default 6 million), a hundredth in a"
-        " guest, a thousandth with LOCKDEBUG",
+        "rounds": "tickles to be accounted for on the rump kernel (default 6 million), a 25th in a"
+        " guest, a hundredth with LOCKDEBUG",
         "minutes": "how long each fuzzer runs (default 5)",
+        "resume": "what passed in the last run is not tried again",
     },
 )
-def stress(c: Context, settings: Settings, rounds: int = 6_000_000, minutes: float = 5.0) -> None:
+def stress(
+    c: Context, settings: Settings, rounds: int = 6_000_000, minutes: float = 5.0, resume: bool = False
+) -> None:
     """Race and fuzz on every kernel, one with LOCKDEBUG too; test the rules with 1, 2 and 4 CPUs."""
-    stress_.run(settings, rounds=rounds, minutes=minutes)
+    stress_.run(settings, rounds=rounds, minutes=minutes, resume=resume)
 
 
 @command(chosen=GUEST, help={"libkqueue": "a folder with libkqueue's source, for its tests"})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import guest, qemu
-from .build import VARIANTS, build_kernels
+from .build import VARIANTS, build_kernels, kernel_folder, select
 from .cache import read_json, write_whole
 from .config import Settings
 from .log import Failure, TestsFailed, report, say, step
@@ -39,13 +39,15 @@ _LEAK = 0.01
 _CACHED = 1000
 
 
-def run(settings: Settings, *, rounds: int, minutes: float) -> Path:
+def run(settings: Settings, *, rounds: int, minutes: float, resume: bool = False) -> Path:
     """Run it all, one after the other; return the JSON file in the cache that says what ran.
 
     rounds is how many tickles are accounted for on the rump kernel (races.c),
     of which a guest gets a 25th, and one with LOCKDEBUG a hundredth.
     minutes is how long each fuzzer runs.  The file is written after each
-    attempt.  Raises TestsFailed when anything was found, at the end.
+    attempt; with resume, what the file has of a run that was cut off, or found
+    something, is not tried again where it passed, unless a kernel is newer.
+    Raises TestsFailed when anything was found, at the end.
     """
     settings = resolve(settings)
     debug = replace(settings, kernel_config=DEBUG)
@@ -55,11 +57,16 @@ def run(settings: Settings, *, rounds: int, minutes: float) -> Path:
     build_rump(settings)
     build_rump(settings, ["patched"], sanitize=True)
     path = settings.cache / "stress" / "stress.json"
+    before = iter(_before(path, settings, debug) if resume else [])
     machine = this_machine()
     ran: list[dict[str, Any]] = []
     failures: list[Failure] = []
 
     def attempt(body: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+        passed = next(before, None)  # the attempts come in the same order each time
+        if passed is not None and "failed" not in passed:
+            ran.append(passed)
+            return
         began = time.monotonic()
         try:
             ran.append(body(*arguments))
@@ -85,6 +92,18 @@ def run(settings: Settings, *, rounds: int, minutes: float) -> Path:
     if failures:
         raise failures[0]
     return path
+
+
+def _before(path: Path, *kinds: Settings) -> list[dict[str, Any]]:
+    """Return what the last run has found, or nothing when there is a kernel that it cannot have seen."""
+    folders = [kernel_folder(select(settings), variant) for settings in kinds for variant in VARIANTS]
+    folders += [rump_folder(kinds[0], "patched", sanitize=sanitize) for sanitize in (False, True)]
+    manifests = [folder / "manifest.json" for folder in folders]
+    made = max((one.stat().st_mtime for one in manifests if one.exists()), default=0.0)
+    if not path.exists() or path.stat().st_mtime < made:
+        return []
+    found: list[dict[str, Any]] = read_json(path)["ran"]
+    return found
 
 
 def described(body: Callable[..., object], arguments: Sequence[object]) -> str:
