@@ -31,16 +31,6 @@ EINTR = "EINTR"  # what Waiter.outcome says of a wait that the kernel interrupte
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "stress: races thousands of times; invoke test --quick leaves it out")
-    config.addinivalue_line("markers", "rule: checks one of T1 to T10 on the kernel's own ioctl; for --quick")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the rules by the names of their tests; what checks them on another mechanism is left out."""
-    for item in items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        own = parameters.get("mechanism", pykq.Mechanism.TICKLE) == pykq.Mechanism.TICKLE
-        if own and re.match(r"test_t\d|test_a_rule_in_c", item.name):
-            item.add_marker("rule")
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,11 @@ from invoke.exceptions import CommandTimedOut, UnexpectedExit
 
 from . import wheels
 from .cache import write_whole
-from .log import Failure, GuestDied, logger, printable, timed
+from .log import Failure, GuestDied, logger, printable, say, timed
 from .qemu import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What runs the tests in the guest: pure Python, taken as it is installed here.
 # In what installed() makes: the process group of what runs there.
 _GROUP = ".group"
 
@@ -219,18 +218,24 @@ def run_tests(
     programs: Path | None = None,
     **variables: str,
 ) -> tuple[int, str]:
-    """Run tests/rules and tests/guest over an open connection; return pytest's status and output.
+    """Run tests over an open connection; return pytest's status and output.
 
-    chosen are words for pytest.  programs is the folder of the C programs;
+    chosen are words for pytest; when they name no files it looks into
+    tests/rules and tests/guest.  programs is the folder of the C programs;
     tests that need them are skipped without it.  variables are added to the
-    environment.  The report, JUnit XML, is brought back.
+    environment.  The report, JUnit XML, is brought back.  The rules in C run
+    first, while Python starts: what they say first, and what fails, is shown
+    when it is known.
     """
     with installed(connection, programs) as folder:
         if programs is not None:
-            variables["PYKQ_PROGRAMS"] = f"{folder}/programs"
+            variables |= {"PYKQ_PROGRAMS": f"{folder}/programs", "PYKQ_RULES": f"{folder}/rules.tap"}
+            where = variables["PYKQ_EXPECT"]
+            results = rules_in_c(connection, folder, where)
+            threading.Thread(target=_show_results, args=(results, where), daemon=True).start()
         command = f"{python(folder, **variables)} -m pytest -c /dev/null --rootdir . -p no:cacheprovider"
         command += " --import-mode=importlib -ra -q --junitxml=junit.xml"
-        command += f" {shlex.join([*chosen, 'tests/rules', 'tests/guest'])}"
+        command += f" {shlex.join(pytest_words(chosen, 'tests/rules', 'tests/guest'))}"
         with timed(f"tests on {connection.host}, port {connection.port}"):
             done = connection.run(command, hide=True, warn=True, timeout=_TESTS_WITHIN_S)
         if done.exited < 0:
@@ -241,6 +246,27 @@ def run_tests(
     output = done.stdout + done.stderr
     logger.info("%s", printable(output))
     return done.exited, output
+
+
+def pytest_words(chosen: Sequence[str], *folders: str) -> list[str]:
+    """Return words for pytest: those chosen, and the folders, unless a word names what is in tests."""
+    named = any(word.startswith("tests/") for word in chosen)
+    return [*chosen, *(() if named else folders)]
+
+
+def rules_in_c(connection: Connection, folder: str, variant: str) -> Iterator[str]:
+    """Start the rules in C where programs are installed; yield what each came to, as a line of TAP."""
+    command = f"cd {folder} && programs/rules {variant} 2>&1 | tee rules.part; mv rules.part rules.tap"
+    _, output, _ = connection.client.exec_command(command, timeout=_TESTS_WITHIN_S)
+    return (printable(line.rstrip()) for line in output if line.startswith(("ok ", "not ok ")))
+
+
+def _show_results(results: Iterator[str], where: str) -> None:
+    """Show the first of the rules' results, and each that is a failure."""
+    with suppress(OSError, EOFError):  # the connection is gone: who waits for pytest says so
+        for number, line in enumerate(results):
+            if number == 0 or not line.startswith("ok "):
+                say(f"in the {where} guest: {line}")
 
 
 def run_module(machine: Machine, module: str, *arguments: str, show: bool = True) -> str:

@@ -36,6 +36,8 @@ _SHOWN_LINES = 60
 # What came of a group of tests: the seconds it took, or what went wrong.
 Outcome: TypeAlias = float | Failure
 
+_RULES = ("tests/rules/test_rules.py", "tests/rules/test_programs.py")
+
 _NO_TESTS = 5  # pytest's exit status when a selection leaves nothing
 
 
@@ -81,7 +83,7 @@ def run(
     With where='guest', a guest that cannot be had is a Failure; else it is left
     out with a line that says how to get it.  Raises TestsFailed when any failed.
     """
-    chosen = pytest_words(selection, quick)
+    chosen = _words(selection, quick)
     results = Results()
     kernels = matrix if where != "host" else ()
     for settings in kernels:
@@ -89,7 +91,10 @@ def run(
         if where == "guest" and missing:
             raise Failure("there is no guest to test in", hint=missing)
     if where != "guest":
-        results.outcomes["host"] = _attempt(_host, chosen)
+        if quick:
+            results.left_out["host"] = "--quick"
+        else:
+            results.outcomes["host"] = _attempt(_host, chosen)
         _test_own_kqueue(results, chosen)
     if where == "host":
         results.left_out["kernels"] = "--host"
@@ -128,7 +133,7 @@ def run_on_hosts(
     quick: bool = False,
 ) -> None:
     """Run the guest tests on the user's own NetBSD machines; raises TestsFailed when any failed."""
-    reports, chosen = settings.cache / "hosts", pytest_words(selection, quick)
+    reports, chosen = settings.cache / "hosts", _words(selection, quick)
     with step(f"tests on {', '.join(names)}") as work:
         done = hosts.test(names, reports, chosen, ssh_config=ssh_config)
     results = Results()
@@ -138,10 +143,10 @@ def run_on_hosts(
     results.conclude()
 
 
-def pytest_words(selection: str, quick: bool) -> tuple[str, ...]:
+def _words(selection: str, quick: bool) -> tuple[str, ...]:
     """Return the words for pytest that choose among the tests."""
     chosen = ("-k", selection) if selection else ()
-    return (*chosen, "-m", "rule and not stress") if quick else chosen
+    return (*chosen, "-m", "not stress", *_RULES) if quick else chosen
 
 
 def test_rumps(
@@ -154,13 +159,6 @@ def test_rumps(
     return {f"rump kernel, {variant}": outcome for variant, outcome in zip(VARIANTS, outcomes, strict=True)}
 
 
-def test_guest(
-    settings: Settings, variant: str, chosen: Sequence[str] = (), programs: Path | None = None
-) -> Outcome:
-    """Run the guest tests on one kernel; return what came of it."""
-    return _attempt(_guest, settings, variant, chosen, programs)
-
-
 def _test_guests(settings: Settings, chosen: Sequence[str]) -> Results:
     """Run the rules in a stock and a patched guest at the same time, then the tests of guests themselves."""
     results = Results()
@@ -169,7 +167,7 @@ def _test_guests(settings: Settings, chosen: Sequence[str]) -> Results:
         programs = build_for_guest(settings)
     except Failure as failure:
         programs, results.left_out["C programs in guests"] = None, f"{failure}: {failure.hint}"
-    calls = [partial(test_guest, settings, variant, chosen, programs) for variant in VARIANTS]
+    calls = [partial(_attempt, _guest, settings, variant, chosen, programs) for variant in VARIANTS]
     with locked(settings.cache / "suite"), step("tests in the guests"):
         outcomes = side_by_side(calls)
     for variant, outcome in zip(VARIANTS, outcomes, strict=True):
@@ -264,7 +262,8 @@ def _guest(settings: Settings, variant: str, chosen: Sequence[str], programs: Pa
 
 def _pytest(where: str, folders: list[str], chosen: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run pytest in a process of its own; raise TestsFailed when a test fails or the process dies."""
-    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", *folders, *chosen]
+    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q"]
+    command += guest.pytest_words(chosen, *folders)
     command += ["-o", f"faulthandler_timeout={_TEST_WITHIN_S}", "-o", "faulthandler_exit_on_timeout=true"]
     shown: deque[str] = deque(maxlen=_SHOWN_LINES)
     status = watch(command, cwd=guest.ROOT, env=environment, on_line=shown.append)
