@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 FULL_DISK = "make room, or name another cache folder in PYKQ_CACHE"
-_FULL = os.strerror(errno.ENOSPC)
+_FULL = (os.strerror(errno.ENOSPC), "Writing inode")  # makefs has other words for a write cut short
 _TAIL_LINES = 15
 
 
@@ -143,7 +143,7 @@ def run(
     status = watch(argv, cwd=cwd, env=env, on_line=each)
     if status != 0:
         what = f"{Path(argv[0]).name} failed with status {status}"
-        hint = FULL_DISK if any(_FULL in line for line in recent) else ""
+        hint = FULL_DISK if any(words in line for line in recent for words in _FULL) else ""
         raise BuildFailed(what, hint=hint, tail="\n".join(recent))
 
 

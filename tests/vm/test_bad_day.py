@@ -63,6 +63,20 @@ def test_crash_is_named(machine: qemu.Machine, crash: str, causes: list[str], dd
     assert any(cause in said for cause in causes)
 
 
+def test_processor_that_spins_is_given_up_in_time(machine: qemu.Machine) -> None:
+    """At a priority that nothing interrupts; the other processor goes on, until it needs this one."""
+    with guest.connect(machine) as connection:
+        if connection.run("sysctl -n debug.crashme.spl_spinout", hide=True, warn=True).failed:
+            pytest.skip("this kernel has no debug.crashme.spl_spinout")
+    spin = "sysctl -w debug.crashme_enable=1; sysctl -w debug.crashme.spl_spinout=1"
+    assert end_of(machine, spin, within_s=20) == f"in guest {NAME} a command did not end within 20 s"
+
+
+@pytest.mark.parametrize("end", ["reboot -n -q", "poweroff -n -q"])
+def test_guest_that_ends_by_itself_is_named(machine: qemu.Machine, end: str) -> None:
+    assert end_of(machine, end) == "the guest died: QEMU has ended"
+
+
 def test_guest_without_its_network_is_given_up_in_time(machine: qemu.Machine) -> None:
     said = end_of(machine, "ifconfig vioif0 down", within_s=3)
     assert said == f"in guest {NAME} a command did not end within 3 s"
@@ -95,6 +109,25 @@ def test_full_disk_of_the_guest_is_named(machine: qemu.Machine) -> None:
         assert connection.run("ls /tmp", hide=True).stdout == ""
     assert caught.value.status == 1
     assert caught.value.hint == "is its disk full?"
+
+
+@pytest.mark.parametrize("room", ["60m", "150m", "250m"])
+def test_full_disk_while_an_image_is_made_names_the_remedy(tmp_path: Path, room: str) -> None:
+    """When sets are unpacked, when Python's files are, and when makefs writes the disk."""
+    mount = f"mount -t tmpfs -o size={room} none {tmp_path}"
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*alone, mount], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets nobody mount")
+    build = config.load().cache / "build"
+    line = f"PYKQ_CACHE={tmp_path} {sys.executable} -m invoke vm.up --quiet --name {NAME}"
+    left = f"ls -A {tmp_path}/image {tmp_path}/run/{NAME} >&2"
+    done = subprocess.run(
+        [*alone, f"{mount} && ln -s {build} {tmp_path} && {line}; echo $?; {left}"],
+        cwd=guest.ROOT, capture_output=True, text=True, check=False,
+    )
+    assert done.stdout in ("1\n", "2\n"), done.stderr
+    assert "(make room, or name another cache folder in PYKQ_CACHE)" in done.stderr
+    assert ".part" not in done.stderr.rpartition("PYKQ_CACHE)")[2]
 
 
 def test_interrupted_test_of_a_host_leaves_nothing_there(machine: qemu.Machine, tmp_path: Path) -> None:
