@@ -57,25 +57,25 @@ def run(settings: Settings, *, rounds: int, minutes: float, resume: bool = False
     build_rump(settings)
     build_rump(settings, ["patched"], sanitize=True)
     path = settings.cache / "stress" / "stress.json"
-    before = iter(_before(path, settings, debug) if resume else [])
+    before = _before(path, settings, debug) if resume else []
     machine = this_machine()
     ran: list[dict[str, Any]] = []
     failures: list[Failure] = []
 
     def attempt(body: Callable[..., dict[str, Any]], *arguments: Any) -> None:
-        passed = next(before, None)  # the attempts come in the same order each time
-        if passed is not None and "failed" not in passed:
-            ran.append(passed)
-            return
-        began = time.monotonic()
-        try:
-            ran.append(body(*arguments))
-        except Failure as failure:
-            report(failure)
-            failures.append(failure)
-            ran.append({"what": described(body, arguments), "failed": str(failure)})
-        ran[-1]["seconds"] = round(time.monotonic() - began, 1)
-        write_whole(path, compact({"machine": machine, "ran": ran}))
+        last = before[len(ran) : len(ran) + 1]  # the attempts come in the same order each time
+        if last and "failed" not in last[0]:
+            ran.extend(last)
+        else:
+            began = time.monotonic()
+            try:
+                ran.append(body(*arguments))
+            except Failure as failure:
+                report(failure)
+                failures.append(failure)
+                ran.append({"what": described(body, arguments), "failed": str(failure)})
+            ran[-1]["seconds"] = round(time.monotonic() - began, 1)
+        write_whole(path, compact({"machine": machine, "ran": [*ran, *before[len(ran) :]]}))
 
     attempt(_races_on_rump, settings, rounds)
     attempt(_fuzz_rump, settings, minutes)

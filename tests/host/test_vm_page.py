@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import time
 from typing import Any
 
 import pytest
@@ -183,7 +185,10 @@ def test_a_fuzzer_that_saw_no_files_proves_nothing():
         stress.leaks(stress.numbers(FUZZ.replace("pool file:", "pool other:")))
 
 
-def test_stress_keeps_what_ran_before_it_is_stopped(monkeypatch):
+@pytest.fixture
+def stress_without_kernels(monkeypatch, tmp_path):
+    """stress.run() until the tests of the rules; what it calls on the way, and the folder of all kernels."""
+
     def fails(*_: object) -> dict[str, Any]:
         raise log.Failure("it broke")
 
@@ -192,17 +197,42 @@ def test_stress_keeps_what_ran_before_it_is_stopped(monkeypatch):
 
     fails.__name__ = "_races_on_rump"
     monkeypatch.setattr(stress, "resolve", lambda settings: settings)
-    for name in ("build_for_guest", "build_kernels", "build_rump"):
+    for name in ("build_for_guest", "build_kernels", "build_rump", "select"):
         monkeypatch.setattr(stress, name, lambda *_, **__: None)
+    for name in ("kernel_folder", "rump_folder"):
+        monkeypatch.setattr(stress, name, lambda *_, **__: tmp_path)
     monkeypatch.setattr(stress, "_races_on_rump", fails)
     monkeypatch.setattr(stress, "_fuzz_rump", lambda *_: {"program": "libFuzzer", "inputs": 1})
     monkeypatch.setattr(stress, "_rules", stops)
-    settings = config.load()
-    with pytest.raises(KeyboardInterrupt):
-        stress.run(settings, rounds=30, minutes=1)
-    ran = json.loads((settings.cache / "stress" / "stress.json").read_text())["ran"]
+
+    def run(*, resume: bool = False) -> list[dict[str, Any]]:
+        settings = config.load()
+        with pytest.raises(KeyboardInterrupt):
+            stress.run(settings, rounds=30, minutes=1, resume=resume)
+        found: list[dict[str, Any]] = json.loads(
+            (settings.cache / "stress" / "stress.json").read_text()
+        )["ran"]
+        return found
+
+    return run
+
+
+def test_stress_keeps_what_ran_before_it_is_stopped(stress_without_kernels):
+    ran = stress_without_kernels()
     assert [one.get("program", one.get("what")) for one in ran] == ["races on rump 30", "libFuzzer"]
     assert ran[0]["failed"] == "it broke"
+
+
+def test_stress_resumes_with_what_has_not_passed(stress_without_kernels, monkeypatch, tmp_path):
+    stress_without_kernels()
+    monkeypatch.setattr(stress, "_races_on_rump", lambda *_: {"program": "races", "rounds": 30})
+    monkeypatch.setattr(stress, "_fuzz_rump", lambda *_: {"program": "libFuzzer", "inputs": 2})
+    ran = stress_without_kernels(resume=True)
+    assert [one.get("rounds", one.get("inputs")) for one in ran] == [30, 1]
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text("{}")
+    os.utime(manifest, (time.time() + 60,) * 2)
+    assert [one.get("rounds", one.get("inputs")) for one in stress_without_kernels(resume=True)] == [30, 2]
 
 
 def test_only_what_comes_out_differently_is_a_difference():
