@@ -356,8 +356,8 @@ class Kqueue(HasIdent):
 
         Raises:
             ValueError: the kqueue is closed.
-            OSError: ``EBADF``, ``ENOTTY``: its descriptor was closed behind its back, and may be another
-                file's now; from KQUEUE_TICKLE on the running system in the words of ``fcntl.ioctl``.
+            OSError: ``EBADF``, ``ENOTTY``: its descriptor was closed in this moment, or behind its back, and
+                may be another file's now; of the running system's KQUEUE_TICKLE in ``fcntl.ioctl``'s words.
         """
         try:
             self._send()

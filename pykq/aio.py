@@ -52,7 +52,7 @@ class TickleEventLoop(asyncio.SelectorEventLoop):
     def _write_to_self(self) -> None:
         try:  # noqa: SIM105  # contextlib.suppress takes longer than all the rest
             self._wakeup()
-        except ValueError:  # the loop was closed meanwhile
+        except (OSError, ValueError):  # the loop was closed meanwhile
             pass
 
     def add_signal_handler(  # type: ignore[override]
