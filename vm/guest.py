@@ -29,6 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # In what installed() makes: the process group of what runs there.
 _GROUP = ".group"
 
+# And what the rules in C have come to, once they have ended.
+_RULES = "rules.tap"
+
 # For Fabric: what runs there reads nothing from here.
 NO_INPUT = {"run": {"in_stream": False}}
 
@@ -229,7 +232,7 @@ def run_tests(
     """
     with installed(connection, programs) as folder:
         if programs is not None:
-            variables |= {"PYKQ_PROGRAMS": f"{folder}/programs", "PYKQ_RULES": f"{folder}/rules.tap"}
+            variables |= {"PYKQ_PROGRAMS": f"{folder}/programs", "PYKQ_RULES": f"{folder}/{_RULES}"}
             where = variables["PYKQ_EXPECT"]
             results = rules_in_c(connection, folder, where)
             threading.Thread(target=_show_results, args=(results, where), daemon=True).start()
@@ -256,7 +259,7 @@ def pytest_words(chosen: Sequence[str], *folders: str) -> list[str]:
 
 def rules_in_c(connection: Connection, folder: str, variant: str) -> Iterator[str]:
     """Start the rules in C where programs are installed; yield what each came to, as a line of TAP."""
-    command = f"cd {folder} && programs/rules {variant} 2>&1 | tee rules.part; mv rules.part rules.tap"
+    command = f"cd {folder} && programs/rules {variant} 2>&1 | tee rules.part; mv rules.part {_RULES}"
     _, output, _ = connection.client.exec_command(command, timeout=_TESTS_WITHIN_S)
     return (printable(line.rstrip()) for line in output if line.startswith(("ok ", "not ok ")))
 

@@ -207,14 +207,10 @@ def _show_python(measured: dict[str, Any]) -> None:
     show(table)
     table = Table("Python, us: pykq", "other", "ratio", "at most", "pykq : other", box=None)
     for pair, numbers in measured["driver"].items():
-        table.add_row(*driver_cells(numbers), pair)
+        times = [f"{1e6 * numbers[key]:.1f}" for key in ("pykq_s", "other_s")]
+        bar = f"{numbers['at_most']:g}" if "at_most" in numbers else ""
+        table.add_row(*times, f"{numbers['ratio']:.2f}", bar, pair)
     show(table)
-
-
-def driver_cells(numbers: dict[str, float]) -> list[str]:
-    """Give what pykq and the other took in microseconds, their ratio, and what that is to be at most."""
-    times = [f"{1e6 * numbers[key]:.1f}" for key in ("pykq_s", "other_s")]
-    return [*times, f"{numbers['ratio']:.2f}", f"{numbers['at_most']:g}" if "at_most" in numbers else ""]
 
 
 def figure(values: Sequence[float], unit: float) -> str:

@@ -36,6 +36,7 @@ _SHOWN_LINES = 60
 # What came of a group of tests: the seconds it took, or what went wrong.
 Outcome: TypeAlias = float | Failure
 
+# All that --quick looks into.
 _RULES = ("tests/rules/test_rules.py", "tests/rules/test_programs.py")
 
 _NO_TESTS = 5  # pytest's exit status when a selection leaves nothing
