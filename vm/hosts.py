@@ -81,7 +81,7 @@ def _config(ssh_config: Path | None) -> Config:
     """Return Fabric's configuration with the user's ssh_config, or another one."""
     if ssh_config is not None and not ssh_config.is_file():
         raise Failure(f"{ssh_config}: no such file", hint="--ssh-config names an ssh_config(5)")
-    return Config(runtime_ssh_path=str(ssh_config) if ssh_config else None, overrides=guest.NO_INPUT)
+    return Config(runtime_ssh_path=str(ssh_config) if ssh_config else None, overrides=guest.OVERRIDES)
 
 
 def _explained(name: str, result: Result | Exception) -> Result | Failure:

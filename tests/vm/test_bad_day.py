@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paramiko import Channel
 
 from vm import config, guest, qemu
 from vm.log import Failure, GuestDied
@@ -77,7 +79,17 @@ def test_guest_that_ends_by_itself_is_named(machine: qemu.Machine, end: str) -> 
     assert end_of(machine, end) == "the guest died: QEMU has ended"
 
 
-def test_guest_without_its_network_is_given_up_in_time(machine: qemu.Machine) -> None:
+def test_guest_without_its_network_is_given_up_in_time(
+    machine: qemu.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the thread that closes its channel ends late: a command's time is over when it began to."""
+    close = Channel.close
+
+    def close_slowly(channel: Channel) -> None:
+        close(channel)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(Channel, "close", close_slowly)
     said = end_of(machine, "ifconfig vioif0 down", within_s=3)
     assert said == f"in guest {NAME} a command did not end within 3 s"
 
