@@ -100,6 +100,7 @@ def title(run: dict[str, Any]) -> str:
 def _in_own_guest(settings: Settings, variant: str, cpus: int) -> dict[str, Any]:
     """Measure in a guest that is started for it and ended afterwards."""
     with qemu.fresh(settings, f"bench-{variant}", variant, cpus=cpus) as machine:
+        qemu.pin(machine)
         return _in_guest(settings, machine)
 
 
