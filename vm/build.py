@@ -51,6 +51,9 @@ _CLANG = {
     "NOGCCERROR": "yes",
 }
 
+# What that part lacks: the code that wakes a machine up from sleep (genwakecode.sh) is empty without it.
+_CLANG_TOOLS = ["hexdump"]
+
 # NetBSD's name for a tool, and what the host runs for it.  The kernel's linker
 # script goes through the preprocessor, which must take it for assembler.
 _BINUTILS = ["ar", "nm", "objcopy", "objdump", "ranlib", "readelf", "size", "strings", "strip"]
@@ -149,7 +152,9 @@ def kernel_folder(builder: Builder, variant: str) -> Path:
 
 def build_tools(builder: Builder) -> None:
     """Build the host tools, once for a tree, a toolchain and a set of variables."""
-    stamp, wanted = builder.tools / "pykq.json", {"variables": builder.variables()}
+    also = _CLANG_TOOLS if builder.settings.toolchain == "clang" else []
+    also = [name for name in also if (builder.source.top / "usr.bin" / name).is_dir()]  # not in every tree
+    stamp, wanted = builder.tools / "pykq.json", {"variables": builder.variables(), "also": also}
     if read_json(stamp) == wanted:
         return
     need("cc", "c++", "make")
@@ -165,7 +170,18 @@ def build_tools(builder: Builder) -> None:
             cwd=builder.source.top,
             on_line=seen,
         )
+        for name in also:
+            make_tool(builder, name)
         write_whole(stamp, json.dumps(wanted, indent=1))
+
+
+def make_tool(builder: Builder, name: str) -> None:
+    """Build one more of the host tools, with the wrapper of make that build.sh left."""
+    for target in ("obj", "dependall", "install"):
+        run(
+            [builder.tools / "bin" / f"nbmake-{MACHINE}", "-C", builder.source.top / "tools" / name, target],
+            cwd=builder.source.top,
+        )
 
 
 def build_kernels(

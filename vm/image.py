@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from . import wheels
 from .archive import inside, opened
-from .build import MACHINE, Builder
+from .build import MACHINE, Builder, make_tool
 from .cache import digest, locked, read_json, whole_folder, write_whole
 from .config import Settings
 from .log import Failure, Step, step
@@ -214,11 +214,7 @@ def image_tools(builder: Builder) -> Path:
     need("cc")
     with step("image tools"), locked(builder.root):
         for name in _TOOLS:
-            for target in ("obj", "dependall", "install"):
-                run(
-                    [folder / f"nbmake-{MACHINE}", "-C", builder.source.top / "tools" / name, target],
-                    cwd=builder.source.top,
-                )
+            make_tool(builder, name)
     return folder
 
 
