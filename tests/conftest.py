@@ -6,12 +6,13 @@ kernel is asked. Tests say what a patched kernel does through ``interrupted`` an
 kernel the same tests see that ``tickle`` answers ENOTTY, and that a wait goes on to its timeout.
 """
 
+import ctypes
 import errno
 import faulthandler
 import os
 import re
 import signal
-import subprocess
+import struct
 import sys
 import threading
 import time
@@ -56,9 +57,9 @@ def tickling(kernel: pykq.Kernel) -> bool:
 
 
 @pytest.fixture(scope="session")
-def short_s(kernel: pykq.Kernel) -> float:
-    """A timeout that is to pass, with time for all that comes before, in an emulated guest as well."""
-    return 0.2 if kernel.shares_descriptors else 0.05
+def short_s() -> float:
+    """A timeout that is to pass. Four of them are long enough to see the thread asleep before."""
+    return 0.05
 
 
 @pytest.fixture(params=list(pykq.Mechanism))
@@ -204,6 +205,7 @@ class Waiter:
         while not _sleep_in_kevent({one._thread.native_id for one in waiters}):
             assert all(one.waits for one in waiters), "a thread did not wait"
             assert time.monotonic() < deadline, f"not asleep in kevent after {HANG_S} s"
+            time.sleep(0.001)
 
 
 @pytest.fixture
@@ -223,6 +225,7 @@ def once_asleep(watchdog: None) -> Iterator[Callable[[Callable[[], object]], Non
             if _sleep_in_kevent({main_thread}):
                 action()
                 return
+            time.sleep(0.001)
 
     def once_asleep(action: Callable[[], object]) -> None:
         threads.append(threading.Thread(target=run, args=(action,)))
@@ -234,22 +237,25 @@ def once_asleep(watchdog: None) -> Iterator[Callable[[Callable[[], object]], Non
         thread.join(HANG_S)
 
 
+# sysctl(3), kern.lwp: of struct kinfo_lwp (sys/sysctl.h) the identifier, and what the thread sleeps on.
+_CTL_KERN, _KERN_LWP = 1, 64
+_LWP = struct.Struct("32xi28x8s")
+_LWPS = 64  # of one process, at most
+
+
 def _sleep_in_kevent(thread_ids: set[int | None]) -> bool:
-    """Whether these threads sleep in the kernel under test. NetBSD's ps names what a thread sleeps on.
+    """Whether these threads sleep in the kernel under test. NetBSD says what a thread sleeps on.
 
     With a rump kernel that is any lock of the host's. A thread that wants the GIL sleeps on one, too, but
     wakes up every 5 ms (sys.getswitchinterval) to ask for it; so one that has slept through 20 ms is in
     kevent.
     """
     if sys.platform.startswith("netbsd"):
-        ps = subprocess.run(
-            ["ps", "-s", "-p", str(os.getpid()), "-o", "lid,wchan"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        lines = [line.split() for line in ps.stdout.splitlines()]
-        return all([str(one), "kqueue"] in lines for one in thread_ids)
+        lwps, size = ctypes.create_string_buffer(_LWPS * _LWP.size), ctypes.c_size_t(_LWPS * _LWP.size)
+        mib = (ctypes.c_int * 5)(_CTL_KERN, _KERN_LWP, os.getpid(), _LWP.size, _LWPS)
+        assert ctypes.CDLL(None).sysctl(mib, 5, lwps, ctypes.byref(size), None, ctypes.c_size_t(0)) == 0
+        sleeps_on = dict(_LWP.iter_unpack(lwps.raw[: size.value]))
+        return all(sleeps_on.get(one, b"").rstrip(b"\0") == b"kqueue" for one in thread_ids)
     before = [_sleep_of(one) for one in thread_ids]
     time.sleep(0.02)
     return None not in before and before == [_sleep_of(one) for one in thread_ids]

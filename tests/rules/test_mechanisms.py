@@ -45,7 +45,7 @@ def test_t1_a_thread_asleep_comes_back(kq, waiter):
 
 def test_t1_another_kqueue_does_not(kernel, kq, mechanism, waiter, short_s):
     with pykq.Kqueue(kernel, mechanism=mechanism) as other:
-        asleep = waiter(wait, kq, 2 * short_s).fall_asleep()
+        asleep = waiter(wait, kq, 4 * short_s).fall_asleep()
         other.tickle()
         assert asleep.outcome() == []
 

@@ -29,8 +29,8 @@ def test_the_kernel_is_what_the_runner_says_and_the_ioctl_too(kq, tickle):
     tickle(kq)  # which expects ENOTTY where Kernel.has_tickle is False
 
 
-def test_t1_a_thread_asleep_returns_eintr(kq, raw, waiter, tickle, patience, interrupted):
-    asleep = waiter(raw, kq, timeout=patience).fall_asleep()
+def test_t1_a_thread_asleep_returns_eintr(kq, raw, waiter, tickle, tickling, interrupted, short_s):
+    asleep = waiter(raw, kq, timeout=None if tickling else 4 * short_s).fall_asleep()
     tickle(kq)
     assert asleep.outcome() == interrupted
 
@@ -38,23 +38,23 @@ def test_t1_a_thread_asleep_returns_eintr(kq, raw, waiter, tickle, patience, int
 def test_t1_a_thread_asleep_with_a_timeout_returns_eintr_before_it(
     kq, raw, waiter, tickle, tickling, interrupted, short_s
 ):
-    asleep = waiter(raw, kq, timeout=LONG_S if tickling else short_s).fall_asleep()
+    asleep = waiter(raw, kq, timeout=LONG_S if tickling else 4 * short_s).fall_asleep()
     tickle(kq)
     assert asleep.outcome() == interrupted
     assert asleep.took_s < LONG_S
 
 
 def test_t1_a_thread_that_watches_something_quiet_returns_eintr(
-    kq, raw, waiter, tickle, patience, interrupted, pipe
+    kq, raw, waiter, tickle, tickling, interrupted, short_s, pipe
 ):
-    asleep = waiter(raw, kq, [Kevent(pipe[0])], timeout=patience).fall_asleep()
+    asleep = waiter(raw, kq, [Kevent(pipe[0])], timeout=None if tickling else 4 * short_s).fall_asleep()
     tickle(kq)
     assert asleep.outcome() == interrupted
 
 
 def test_t1_another_kqueue_is_not_interrupted(kernel, kq, raw, waiter, tickle, short_s):
     with pykq.Kqueue(kernel) as other:
-        asleep = waiter(raw, kq, timeout=2 * short_s).fall_asleep()
+        asleep = waiter(raw, kq, timeout=4 * short_s).fall_asleep()
         tickle(other)
         assert asleep.outcome() == []
 
