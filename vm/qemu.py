@@ -209,7 +209,7 @@ def command_line(machine: Machine, disk: Path) -> list[str]:
     line += ["-no-user-config"]
     line += [] if machine.disk else ["-no-reboot"]
     line += ["-display", "none"]
-    line += ["-machine", "pc"]
+    line += ["-machine", "q35"]
     line += ["-accel", accelerator]
     if machine.accelerator == "kvm":
         line += ["-cpu", "host"]
@@ -400,7 +400,7 @@ def _boot(machine: Machine, line: list[str], image: Image, saved: Path | None) -
             if state_there:
                 with timed(f"{machine.name}: the state into QEMU"):
                     state.load(process, machine.qmp, state_there)
-                _get_ready(machine, process, _RESUME_WITHIN_S)
+                _get_ready(machine, process, _RESUME_WITHIN_S, resumed=True)
             else:
                 with timed(f"{machine.name}: QEMU, and the kernel's first line"):
                     alive_within_s = _ALIVE_WITHIN_S.get(machine.accelerator, 60.0)
@@ -408,6 +408,10 @@ def _boot(machine: Machine, line: list[str], image: Image, saved: Path | None) -
                 with timed(f"{machine.name}: the kernel, and what is in a state"):
                     seen = _wait_for_console(machine, process, BOOT_WITHIN_S, READY, ASKS)
                 if ASKS in seen:
+                    if saved:
+                        sshd_read = timed(f"{machine.name}: what sshd reads, into memory")
+                        with _answered(machine, "state"), sshd_read:
+                            _wait_for_console(machine, process, BOOT_WITHIN_S, ASKS, after=len(seen))
                     with state.saving(machine.qmp, saved) if saved else nullcontext():
                         _get_ready(machine, process, BOOT_WITHIN_S)
             pinned = f"[127.0.0.1]:{machine.ssh_port} {image.host_key}\n"
@@ -461,18 +465,31 @@ def reboot(machine: Machine, order: Callable[[], object]) -> None:
 
 
 def _get_ready(
-    machine: Machine, process: subprocess.Popen[bytes] | None, within_s: float, *, after: int = 0
+    machine: Machine,
+    process: subprocess.Popen[bytes] | None,
+    within_s: float,
+    *,
+    after: int = 0,
+    resumed: bool = False,
 ) -> None:
-    """Give a guest the line that it asks for, and wait until it is ready."""
+    """Give a guest the line that it asks for, and wait until it is ready.
+
+    resumed: it comes from a saved state, and its clock stands still since then.
+    """
+    to_the_second = time.gmtime(time.time() + 0.5)  # as date(1) takes it
+    now = time.strftime("%Y%m%d%H%M.%S", to_the_second) if resumed else ""
+    with _answered(machine, now), timed(f"{machine.name}: random bytes, the time, sshd"):
+        _wait_for_console(machine, process, within_s, READY, after=after)
+
+
+@contextmanager
+def _answered(machine: Machine, word: str) -> Iterator[None]:
+    """Give a guest random bytes, and the time or the word "state", with which it asks again: see guest/rc."""
     with socket.socket(socket.AF_UNIX) as console:
         with suppress(ConnectionError, FileNotFoundError):  # QEMU has ended: the wait says how
             console.connect(str(machine.console))
-            to_the_second = time.gmtime(time.time() + 0.5)  # as date(1) takes it
-            now = time.strftime("%Y%m%d%H%M.%S", to_the_second)
-            console.sendall(f"{secrets.token_hex(32)} {now}\n".encode())
-        with timed(f"{machine.name}: random bytes, the time, sshd"):
-            # Hung up, QEMU drops what is not read yet.
-            _wait_for_console(machine, process, within_s, READY, after=after)
+            console.sendall(f"{secrets.token_hex(32)} {word}\n".encode())
+        yield  # hung up, QEMU would drop what is not read yet
 
 
 def _wait_for_console(
@@ -506,7 +523,7 @@ def _wait_for_console(
         elif time.monotonic() > deadline:
             cause = f"no {wanted.decode()!r} on its console within {within_s:.0f} s"
         else:
-            time.sleep(0.02)
+            time.sleep(0.005)
             continue
         raise GuestDied(
             f"the guest did not start: {cause}",

@@ -255,7 +255,10 @@ def _rump(settings: Settings, variant: str, chosen: Sequence[str], tests: str, s
 
 def _guest(settings: Settings, variant: str, chosen: Sequence[str], programs: Path | None) -> None:
     """Run the guest tests on one kernel, in a guest of their own that is ended afterwards."""
-    with qemu.fresh(settings, f"test-{variant}", variant) as machine, guest.connect(machine) as connection:
+    with (
+        qemu.fresh(settings, f"test-{variant}", variant, cpus=1) as machine,
+        guest.connect(machine) as connection,
+    ):
         report = Path(machine.folder) / "junit.xml"
         result = guest.run_tests(connection, report, chosen, programs, PYKQ_EXPECT=variant)
     _judge(f"the {variant} guest", result, chosen)

@@ -6,7 +6,7 @@
  * The text of the command line goes to the first serial port, but for
  *
  *	%n	a new line		%e	an escape character
- *	%w	wait for a byte on the serial port
+ *	%w	wait for a line on the serial port
  *	%l	start over		%h	halt
  *	%r	reset			%t	triple fault, which resets, too
  *	%p	power off
@@ -74,6 +74,8 @@ wait:	mov	$COM_LSR, %dx
 	jz	1b
 	mov	$COM, %dx
 	in	%dx, %al
+	cmp	$10, %al
+	jne	wait
 	jmp	next
 
 halt:	hlt

@@ -155,7 +155,8 @@ def boot(test_kernel: Path, tmp_path: Path) -> Callable[..., str]:
 
 
 ALIVE = "The NetBSD Foundation%n"
-ASKING = f"{ALIVE}{qemu.ASKS.decode()}%n%w{qemu.READY.decode()}%n"
+_ASKS = f"{qemu.ASKS.decode()}%n%w"
+ASKING = f"{ALIVE}{_ASKS}{_ASKS}{qemu.READY.decode()}%n"
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.01, 0.03, 0.1, 0.2])

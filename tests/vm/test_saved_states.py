@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -49,3 +50,12 @@ def test_they_have_the_time_of_the_host(guests: list[Connection], machines: list
 def test_what_one_writes_the_other_does_not_see(guests: list[Connection]) -> None:
     guests[0].run("echo here > /root/file && sync", hide=True)
     assert guests[1].run("test -e /root/file", hide=True, warn=True).failed
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system binds no thread to a processor")
+def test_processors_are_bound_for_measurements(machines: list[qemu.Machine]) -> None:
+    qemu.pin(machines[0])
+    threads = [processor["thread-id"] for processor in qemu.qmp(machines[0], "query-cpus-fast")]
+    bound = [os.sched_getaffinity(thread) for thread in threads]
+    assert [len(hosts) for hosts in bound] == [1] * machines[0].cpus
+    assert len(set.union(*bound)) == min(machines[0].cpus, len(os.sched_getaffinity(0)))
