@@ -65,11 +65,12 @@ class TickleSelector(selectors.BaseSelector):
         """
         if timeout is not None and timeout < 0:
             timeout = 0
-        try:
-            events = self._kq.kevent(None, 0, timeout, self._buffer)
+        events = self._buffer
+        try:  # kevent without what it checks: an event loop spends its life here
+            events._count = self._kq._wait(None, events, timeout)
         finally:
             self._woken = False
-        if not len(events):
+        if not events._count:
             return []
         ready: dict[int, int] = {}
         for event in events:
