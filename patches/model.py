@@ -204,7 +204,7 @@ def steps(state: State, me: int, mutant: str) -> Iterator[tuple[State, bool]]:
             yield go("count out", error + over)
     elif at == "count out":  # atomic_dec_uint(&kq->kq_wait)
         yield go("slept", sleepers=state.sleepers - 1)
-    elif at == "clear":  # atomic_add_int(&kq->kq_wait, -(KQ_TICKLED + 1))
+    elif at == "clear":  # atomic_add_int(&kq->kq_wait, (int)-(KQ_TICKLED + 1))
         if not state.due:
             raise Wrong("a wait was interrupted, and no tickle had been sent since the last return")
         if state.queued:
