@@ -130,7 +130,9 @@ class Events(Sequence[KeventFields]):
     def __getitem__(self, index: SupportsIndex | slice) -> KeventFields | list[KeventFields]:
         if not self._views:
             self._views = list(self._array)
-        return self._views[: self._count][index]
+        if isinstance(index, slice):
+            return self._views[: self._count][index]
+        return self._views[range(self._count)[index]]
 
     def copy(self) -> list[Kevent]:
         """The events as objects of their own."""

@@ -52,8 +52,8 @@ _START_S = 1.0  # no thread takes longer to begin
 class Kernel:
     """A kernel with a kqueue and the calls that pykq makes to it; get one from ``load_kernel``.
 
-    Descriptors, in and out, are numbers that mean something to this kernel. Every call raises ``OSError``
-    with the host's errno and the call's name.
+    Descriptors, in and out, are numbers that mean something to this kernel. What fails raises ``OSError``
+    with the host's errno, and with the call's name where it is not Python's ``os`` or ``fcntl`` that made it.
 
     Attributes:
         name: for people: system, release, where the kernel is.
@@ -87,7 +87,7 @@ class Kernel:
         """The exception for what failed last in this thread.
 
         In the main thread a signal handler may have run in between: a ctypes call of its own that failed
-        would be taken for ours. CPython gives no way to look before it.
+        would be taken for ours.
         """
         number = ctypes.get_errno()
         return OSError(number, f"{call}: {os.strerror(number)}")

@@ -77,6 +77,8 @@ class Kqueue(HasIdent):
     * T7: EVFILT_USER wakes one of the threads asleep, and that one returns.
     * T8: the hidden event makes the descriptor readable, for ``select`` and for another kqueue.
 
+    With EVFILT_USER the ident 0x70796B71 ("pykq" in ASCII) is taken: it is that of the hidden event.
+
     **Several threads in a wait** on one kqueue: one tickle brings one of them back, and which one is the
     kernel's choice. So let any of them do what a tickle announces, or give each a kqueue of its own. And a
     thread that looks with a zero timeout consumes tickles without being told (T5): where one thread sleeps
@@ -150,7 +152,10 @@ class Kqueue(HasIdent):
         self._waker: Waker = WAKERS[self.mechanism](self.kernel, fd)
         if self._waker.head:
             self._look = _to_be_waited_for
-        self._send_by(partial(self._waker.send, fd, KQUEUE_TICKLE))
+        self._ioctl = partial(self._waker.send, fd, KQUEUE_TICKLE)
+        # A cache without room counts the calls, before they are made, and in C.
+        self._send = counted = lru_cache(maxsize=0)(self._ioctl)
+        self._sends, self._seen = counted.cache_info, 0
         overridden = type(self).tickle is not Kqueue.tickle
         if self.mechanism == Mechanism.TICKLE and self.kernel.shares_descriptors and not overridden:
             # Without a Python frame it takes 1.25 times what the bare ioctl does, and not 1.5.
@@ -159,10 +164,6 @@ class Kqueue(HasIdent):
         self.kernel.kqueues[fd] = self
         self._fd = fd  # last: from here on __del__ closes it
 
-    def _send_by(self, send: Callable[[], object]) -> None:
-        """Interrupt waits by this from now on, and count the calls before they are made."""
-        self._send = counted = lru_cache(maxsize=0)(send)  # a cache without room, which counts in C
-        self._sends, self._seen = counted.cache_info, 0
 
     @overload
     def kevent(
@@ -191,16 +192,16 @@ class Kqueue(HasIdent):
             max_events: the most events to return; 0 applies the changes and does not wait.
             timeout: seconds, rounded up to a nanosecond; None waits for ever, and so do more than 10**8
                 seconds or infinity; 0 looks and does not wait.
-            into: a ``buffer()`` to fill and return, which ``max_events`` does not change. For a fast loop: a
-                wait allocates nothing, and no object is made for an event. One thread at a time.
+            into: a ``buffer()`` to fill and return, which ``max_events`` does not change. For a fast loop: no
+                memory is allocated for events, and no object made for one. One thread at a time.
 
         Returns:
             The events; none when the time is over.
 
         Raises:
-            Tickled: ``tickle()`` was called and no event was there. The wait consumes all tickles before it,
-                whatever it returns or raises. A tickle may be reported once too often, never not at all:
-                so look at what it announces, and do not count.
+            Tickled: ``tickle()`` was called and no event was there. A wait that comes to look for events
+                consumes all tickles before it, whatever it returns. A tickle may be reported once too often,
+                never not at all: so look at what it announces, and do not count.
             TypeError: an argument of the wrong type.
             ValueError: a bad argument, or the kqueue is closed, be it during the wait.
             OSError: from the kernel.
@@ -208,7 +209,7 @@ class Kqueue(HasIdent):
         A signal does not end the wait: Python's handlers run, in the main thread, and when they do not raise
         the wait goes on with the time that remains. What a handler raises, as Ctrl-C's does, may come when
         the kernel has returned events already: they are lost, unless what they report goes on (a pipe that
-        can still be read; not a timer, nor with EV.CLEAR or EV.ONESHOT). The GIL is released while it lasts.
+        can still be read; not a timer, nor with EV.CLEAR or EV.ONESHOT). The GIL is released while it sleeps.
         """
         if type(into) is Events and timeout == 0 and not changes and into._codec is self._codec:
             # The fastest there is: a loop looks often. Of a tickle it need not know (T5).
@@ -405,7 +406,7 @@ class Kqueue(HasIdent):
             fd = self._to_close.pop()  # once, whoever calls: threads, signal handlers, __del__
         except IndexError:
             return
-        send = self._send
+        wake = partial(self._waker.send, fd, KQUEUE_TICKLE)
         self._refuse("I/O operation on closed kqueue object")
         if self.kernel.kqueues.get(fd) is self:
             del self.kernel.kqueues[fd]
@@ -413,7 +414,7 @@ class Kqueue(HasIdent):
         deadline = time.monotonic() + _CLOSE_S
         while self._waits:
             with contextlib.suppress(OSError):  # closed behind its back
-                send()  # again and again, as one wait may take what was to wake the others
+                wake()  # again and again, as one wait may take what was to wake the others
             # A wait of this thread's own goes on after the signal handler that this is called from.
             if set(self._waits) <= {get_ident()} or time.monotonic() > deadline:
                 break
@@ -433,8 +434,9 @@ class Kqueue(HasIdent):
         self._closed_text = why
         self._fd = -1
         self._kevent = self._look = refuse
-        self.tickle = refuse  # type: ignore[method-assign]
-        self._send_by(refuse)
+        # In place, for a tickle that somebody has kept: threading.Timer(1.0, kq.tickle). A call that is under
+        # way still uses the arguments.
+        self._ioctl.__setstate__((refuse, (), {}, {"before": self._ioctl.args}))  # type: ignore[attr-defined]
         self._waker = Waker()
 
     def _pack(self, changes: Iterable[Kevent]) -> tuple[bytes, int]:

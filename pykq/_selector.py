@@ -53,7 +53,9 @@ class TickleSelector(selectors.BaseSelector):
             try:
                 self._woken = True  # before the tickle: a select that returns meanwhile takes it back
                 self._kq.tickle()
-            except BaseException:  # Ctrl-C as well: no tickle is under way
+            except BaseException:  # Ctrl-C as well, after which another thread may rely on this tickle
+                with contextlib.suppress(OSError, ValueError):
+                    self._kq.tickle()
                 self._woken = False
                 raise
 

@@ -75,14 +75,19 @@ class TickleEventLoop(asyncio.SelectorEventLoop):
             raise TypeError(f"callback must be callable, not {callback!r}")
         self._check_signal(sig)  # type: ignore[attr-defined]
         self._check_closed()  # type: ignore[attr-defined]
+        watch = self._selector.on_signal  # type: ignore[attr-defined]
         try:
-            signal.signal(sig, _ignore)  # so that the signal does not do what it does by default
-            signal.siginterrupt(sig, False)
+            watch(sig, self._handle_signal)  # type: ignore[attr-defined]  # first, so that none is lost
+            try:
+                signal.signal(sig, _ignore)  # so that the signal does not do what it does by default
+                signal.siginterrupt(sig, False)
+            except BaseException:
+                watch(sig, None)
+                raise
         except (ValueError, OSError) as error:
             raise RuntimeError(f"sig {sig} cannot be caught: {error}") from None
         handle = asyncio.Handle(callback, args, self)
         self._signal_handlers[sig] = handle  # type: ignore[attr-defined]
-        self._selector.on_signal(sig, self._handle_signal)  # type: ignore[attr-defined]
 
     def remove_signal_handler(self, sig: int) -> bool:
         """Undo ``add_signal_handler``; False when there is nothing to be undone. Main thread only."""

@@ -305,9 +305,10 @@ def test_signals_and_tickles_in_a_storm_are_told_apart(kq, handler, watchdog):
 def test_using_a_closed_kqueue_is_a_value_error(kernel):
     with pykq.Kqueue(kernel) as kq:
         assert not kq.closed
+        kept = kq.tickle  # as a timer or a signal handler may have it
     assert kq.closed
     kq.close()
-    for use in (kq.kevent, kq.tickle, lambda: kq.ident, lambda: Kevent(kq)):
+    for use in (kq.kevent, kq.tickle, kept, lambda: kq.ident, lambda: Kevent(kq)):
         with pytest.raises(ValueError, match="closed kqueue"):
             use()
     assert "closed" in repr(kq)
@@ -420,11 +421,12 @@ def test_what_is_no_kqueue_cannot_be_taken_over(kernel, pipe, descriptor):
 
 
 def test_a_child_process_is_told_that_it_has_no_kqueue(kernel, kq):
+    kept = kq.tickle
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            for use in (kq.kevent, kq.tickle):
+            for use in (kq.kevent, kq.tickle, kept):
                 with pytest.raises(ValueError, match="parent process"):
                     use()
             kq.close()
