@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def command(
 
     A body with a parameter named settings is given these, merged from the
     environment, the configuration file and the options chosen (BUILD, TREE or
-    GUEST), which the task has before those of its body.
+    GUEST), which the task has before those of its body.  What is no number for
+    an option that takes one is such a failure, too, and not a traceback of Invoke's.
     """
     chosen = chosen or {}
 
@@ -66,6 +68,8 @@ def command(
         wants_settings = parameters.pop("settings", None) is not None
         more = {"quiet": "say nothing but errors", "timings": "say where the seconds went"}
         quiet, timings = (inspect.Parameter(name, _NAMED_ONLY, default=False) for name in more)
+        kinds = {name: type(one.default) for name, one in parameters.items()}
+        numbers = {name: kind for name, kind in kinds.items() if kind in (int, float)}
 
         @functools.wraps(body)
         def run(*arguments: Any, quiet: bool, timings: bool, **options: Any) -> None:
@@ -75,16 +79,28 @@ def command(
 
             def work() -> None:
                 settings = {"settings": load(**words)} if wants_settings else {}
-                body(*arguments, **settings, **options)
+                given = {name: _number(name, options.pop(name), kind) for name, kind in numbers.items()}
+                body(*arguments, **settings, **options, **given)
 
             _run(work, body.__name__.strip("_").replace("_", "-"), timings)
 
-        context, *own = (parameter.replace(kind=_NAMED_ONLY) for parameter in parameters.values())
+        context, *own = (
+            one.replace(kind=_NAMED_ONLY, default=str(one.default) if one.name in numbers else one.default)
+            for one in parameters.values()
+        )
         of_settings = [inspect.Parameter(name, _NAMED_ONLY, default="") for name in chosen]
         run.__signature__ = inspect.Signature([context, quiet, *of_settings, *own, timings])  # -q is quiet
         return task(run, help=help | chosen | more, **options)
 
     return decorate
+
+
+def _number(name: str, text: str, kind: type[int] | type[float]) -> float:
+    """Return the number that an option is given, from 0 up; raise Failure for anything else."""
+    with suppress(ValueError):
+        if 0 <= (number := kind(text)) < inf:
+            return number
+    raise log.Failure(f"--{name} {text}: not a number", hint="such as 1")
 
 
 def _run(body: Callable[[], None], name: str, timings: bool) -> None:
@@ -349,6 +365,7 @@ def ssh(c: Context, settings: Settings, command: str = "", name: str = "pykq") -
     """Log in to the guest as root."""
     machine = qemu.must_find(settings, name)
     line = guest.ssh_command(machine, *([command] if command else []))
+    run_.need(line[0])
     sys.stdout.flush()
     os.execvp(line[0], line)
 

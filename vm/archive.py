@@ -26,7 +26,10 @@ def opened(archive: Path) -> Iterator[tarfile.TarFile]:
         with tarfile.open(archive) as tar:
             yield tar
     except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the archive's
+        # A link to what is not there, or a file where a folder is; all else with an errno is the disk's.
+        clash = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+        of_a_member = isinstance(error, clash) and error.filename != str(archive)
+        if isinstance(error, OSError) and error.errno is not None and not of_a_member:
             raise
         raise Failure(f"{archive}: {error}", hint="is the file whole?") from error
 
@@ -58,7 +61,10 @@ def unpack(
         work.update(f"unpacking {archive.name}")
         _unpack_files(archive, target, wanted, symlinks if links else None)
     for path, destination in symlinks.items():
-        path.symlink_to(destination)
+        try:
+            path.symlink_to(destination)
+        except FileExistsError:
+            raise Failure(f"{path}: a link here, and a folder, in {archives[-1]}", hint=_REFUSED) from None
 
 
 def _unpack_files(

@@ -347,7 +347,13 @@ def _add_devices(root: _Root) -> None:
     if not makedev.is_file():
         raise Failure("the sets have no dev/MAKEDEV", hint="is the etc set whole?")
     done = subprocess.run(
-        ["sh", makedev, "-s", "all"], cwd=root.folder / "dev", capture_output=True, text=True, check=False
+        ["sh", makedev, "-s", "all"],
+        cwd=root.folder / "dev",
+        env={"PATH": os.defpath},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     for line in done.stdout.splitlines():
         name, _, keywords = line.partition(" ")

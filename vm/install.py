@@ -15,6 +15,7 @@ from .build import MACHINE, kernel_folder, select
 from .cache import read_json
 from .config import Settings
 from .log import Failure, say, step
+from .run import uninterrupted
 
 # Where a new kernel comes first.
 NEW = "/netbsd.pykq"
@@ -78,7 +79,7 @@ def _put(connection: Connection, kernel: bytes, sha256: str) -> None:
             raise Failure("the kernel did not arrive whole", hint="try again")
         _run(connection, SWAP)
     except BaseException:
-        with suppress(Exception):  # the connection may be what failed
+        with uninterrupted(), suppress(Exception):  # the connection may be what failed
             connection.run(f"rm -f {NEW}", hide=True, warn=True, in_stream=False, timeout=_WITHIN_S)
         raise
 
@@ -118,7 +119,8 @@ def _check(host: str, there: dict[str, str], manifest: dict[str, Any], size_byte
 
 def _run(connection: Connection, command: str) -> str:
     """Run a command of /bin/sh; return its output."""
-    done = connection.run(f"sh -c {shlex.quote(command)}", hide=True, warn=True, in_stream=False)
+    command_line = f"sh -c {shlex.quote(command)}"
+    done = connection.run(command_line, hide=True, warn=True, in_stream=False, timeout=_WITHIN_S)
     if done.exited:
         what = f"on {connection.original_host}, {command!r} ended with status {done.exited}"
         raise Failure(what, tail=done.stderr[-2000:])

@@ -214,7 +214,8 @@ def _opened(url: str, start: int = 0, *, page: bool = False) -> Iterator[tuple[i
                 return
             reply.raise_for_status()
             begin = start if reply.status_code == 206 else 0
-            size = begin + int(reply.headers.get("Content-Length", 0))
+            length = reply.headers.get("Content-Length", "")
+            size = begin + (int(length) if re.fullmatch(r"[0-9]{1,15}", length) else 0)
             chunks = _as_they_come(url, reply.raw)
             yield begin, size, chunks if page else _no_page(url, chunks)
     except FileNotFoundError:

@@ -16,12 +16,13 @@ from itertools import zip_longest
 from .log import Failure
 
 _LIST_BYTES = 1 << 28  # no list of packages is larger, unpacked
+_PATTERN, _BRACES = 500, 3  # no pattern of DEPENDS is longer or has more, and each may multiply the work
 _ALGORITHMS = ("md5", "sha1", "sha256", "sha384", "sha512")
 
 # A version is a list of numbers; words count as these (pkg_install, lib/dewey.c).
 _WORDS = {"alpha": -3, "beta": -2, "pre": -1, "rc": -1, "pl": 0, "_": 0, ".": 0}
 _COMPONENT = re.compile(
-    r"(?P<number>\d+)|(?P<word>alpha|beta|pre|rc|pl|_|\.)|nb(?P<nb>\d*)|(?P<letter>[a-z])|."
+    r"(?P<number>\d{1,18})|(?P<word>alpha|beta|pre|rc|pl|_|\.)|nb(?P<nb>\d{0,18})|(?P<letter>[a-z])|."
 )
 
 # PATTERN>=VERSION, PATTERN<VERSION, or the first followed by the second.
@@ -88,6 +89,8 @@ def compare(left: str, right: str) -> int:
 
 def matches(pattern: str, name: str) -> bool:
     """Tell whether a package fits a pattern of DEPENDS: {a,b}, base>=1.0<2, a glob, or a plain name."""
+    if len(pattern) > _PATTERN or pattern.count("{") > _BRACES:
+        raise Failure(f"the pattern {pattern[:60]}... is none of pkgsrc's", hint="try another --mirror")
     if "{" in pattern:
         return any(matches(one, name) for one in _alternatives(pattern))
     relation = _RELATION.fullmatch(pattern)

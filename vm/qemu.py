@@ -35,7 +35,7 @@ from .run import end_with_others, need, uninterrupted
 
 QEMU = "qemu-system-x86_64"
 
-# What vm/guest/rc prints: when it waits for a line (_get_ready), and when sshd listens.
+# What vm/guest/rc prints: when it waits for a line (_answered), and when sshd listens.
 ASKS = b"pykq: guest asks for random bytes and the time"
 READY = b"pykq: guest ready"
 
@@ -50,6 +50,9 @@ BOOT_WITHIN_S = 120.0
 _RESUME_WITHIN_S = 20.0
 _END_WITHIN_S = 10.0
 _READ_BYTES = 1 << 20
+
+# What NetBSD's kernels for amd64 take (MAXCPUS of GENERIC), and what the guest's userland needs.
+_MOST_CPUS, _LEAST_MIB = 256, 128
 
 # What QEMU says when it cannot have the port on 127.0.0.1.
 _PORT_TAKEN = b"Could not set up host forwarding rule"
@@ -251,11 +254,14 @@ def up(
     With saved it starts from a saved state, or, where there is none, boots and
     leaves one for the next.  Raises Failure when it cannot be started, or runs
     with another kernel or size, and GuestDied, with the last console lines,
-    when QEMU ends, the kernel panics or drops into ddb, or sshd does not listen
-    within two minutes.
+    when QEMU ends, the kernel panics or drops into ddb, or the guest does not
+    get on: two minutes for each line of its console that is waited for.
     """
     if variant not in VARIANTS:
         raise Failure(f"there is no kernel {variant!r}", hint=" or ".join(VARIANTS))
+    if not (0 < cpus <= _MOST_CPUS and memory_mib >= _LEAST_MIB):
+        limits = f"1 to {_MOST_CPUS} CPUs, and {_LEAST_MIB} MiB or more"
+        raise Failure(f"a guest cannot have {cpus} CPUs and {memory_mib} MiB", hint=limits)
     folder = folder_of(settings, name)
     builder = select(settings)
     kernel = kernel_folder(builder, variant) / "netbsd"
@@ -337,12 +343,11 @@ def start(
                 image=str(disk_and_keys.folder),
                 accelerator=candidates[0],
                 ssh_port=wanted.ssh_port or _free_port(),
-                sockets=tempfile.mkdtemp(prefix="pykq-"),
+                sockets=f"{tempfile.gettempdir()}/pykq-{secrets.token_hex(8)}",
                 started=time.time(),
             )
             line = command_line(machine, disk_and_keys.disk)
             if dry_run:
-                os.rmdir(machine.sockets)
                 print(shlex.join(line))
                 return machine
             any_guest = replace(machine, name="", folder="", sockets="", ssh_port=0)
@@ -393,6 +398,7 @@ def _boot(machine: Machine, line: list[str], image: Image, saved: Path | None) -
         title = f"{machine.variant} guest {machine.name}, NetBSD {machine.netbsd}"
         with step(f"{title}, {how}, {machine.accelerator}"):
             with uninterrupted():
+                os.mkdir(machine.sockets, 0o700)  # which fails when it is somebody else's
                 process = _launch(machine, line, state_there)
                 machine = replace(machine, pid=process.pid)
                 _write(machine)
@@ -410,8 +416,9 @@ def _boot(machine: Machine, line: list[str], image: Image, saved: Path | None) -
                 if ASKS in seen:
                     if saved:
                         sshd_read = timed(f"{machine.name}: what sshd reads, into memory")
+                        before = machine.console_log.stat().st_size
                         with _answered(machine, "state"), sshd_read:
-                            _wait_for_console(machine, process, BOOT_WITHIN_S, ASKS, after=len(seen))
+                            _wait_for_console(machine, process, BOOT_WITHIN_S, ASKS, after=before)
                     with state.saving(machine.qmp, saved) if saved else nullcontext():
                         _get_ready(machine, process, BOOT_WITHIN_S)
             pinned = f"[127.0.0.1]:{machine.ssh_port} {image.host_key}\n"
@@ -484,7 +491,7 @@ def _get_ready(
 
 @contextmanager
 def _answered(machine: Machine, word: str) -> Iterator[None]:
-    """Give a guest random bytes, and the time or the word "state", with which it asks again: see guest/rc."""
+    """Give a guest random bytes, and the time, nothing, or "state", after which it asks again (guest/rc)."""
     with socket.socket(socket.AF_UNIX) as console:
         with suppress(ConnectionError, FileNotFoundError):  # QEMU has ended: the wait says how
             console.connect(str(machine.console))

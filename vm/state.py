@@ -1,9 +1,12 @@
 """Saved states: a guest that has booted, in a file from which any number of others start.
 
-vm/guest/rc does what is the same in every guest, and then waits for a line
-with random bytes and the time.  There the state is taken: nothing has been
-written to the disk yet, and no service runs.  Guests that start from one state
-are alike up to that line, and differ from there on.
+vm/guest/rc does what is the same in every guest, and then asks for random
+bytes.  To the answer "state" it reads what the start of sshd will read, and asks
+again.  There the state is taken: nothing has been written to the disk yet, and no
+service runs.  Guests that start from one state are alike up to the line that
+they are given then, with random bytes and the time, and differ from there on.
+
+A state holds the guest's memory, its host key included: its mode is 0600.
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ def saving(control: Path, path: Path) -> Iterator[None]:
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         try:
-            with timed("the state saved"), part.open("w+b") as file:
+            with timed("the state saved"), open(part, "w+b", opener=_for_its_owner) as file:
                 _run(_write(control, file.fileno()))
                 file.seek(0)
                 file.write(hashlib.file_digest(file, "sha256").digest())
@@ -84,6 +87,10 @@ def saving(control: Path, path: Path) -> Iterator[None]:
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _for_its_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 async def _write(control: Path, fd: int) -> None:

@@ -20,7 +20,7 @@
 #define	 LSR_TXRDY	0x20		/*  a byte can go */
 #define	KBC		0x64		/* keyboard controller, which has the reset line */
 #define	 KBC_RESET	0xfe
-#define	PM1A_CNT	0x604		/* where SeaBIOS puts it on QEMU's pc */
+#define	PM1A_CNT	0x604		/* where SeaBIOS puts it on QEMU's q35 */
 #define	 SLP_EN		0x2000		/* with sleep type 0: S5 */
 #define	CMDLINE_PADDR	24		/* in hvm_start_info */
 #define	PHYS32_ENTRY	18		/* XEN_ELFNOTE_PHYS32_ENTRY */
