@@ -124,8 +124,10 @@ def select(settings: Settings) -> Builder:
         (settings.cache, "PYKQ_CACHE names another"),
         (CONFIGS, "move this checkout"),
     ):
-        if re.search(r"\s", str(path)):
-            raise Failure(f"{path}: NetBSD's make takes no space in a path", hint=remedy)
+        odd = re.search(r"[^\w./+,@%~=-]", str(path))
+        if odd is not None:
+            what = "space" if odd[0].isspace() else odd[0]
+            raise Failure(f"{path}: NetBSD's make takes no {what} in a path", hint=remedy)
     if source.top == settings.cache or source.top in settings.cache.parents:
         raise Failure(f"the cache {settings.cache} lies inside the source", hint="set PYKQ_CACHE")
     return Builder(settings, source)

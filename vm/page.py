@@ -68,6 +68,7 @@ def text(results: dict[str, Any]) -> str:
     """Return the page."""
     runs, guests = results["bench"]["runs"], _guests(results)
     return Template(Path(__file__).with_suffix(".md").read_text()).substitute(
+        **_short(results),
         bars=_bars(guests),
         rivals=_rivals(guests),
         python=_python(guests),
@@ -81,6 +82,31 @@ def text(results: dict[str, Any]) -> str:
         regress=_regress(results["regress"]),
         machine=_machine(results),
     )
+
+
+def _short(results: dict[str, Any]) -> dict[str, str]:
+    """Return the numbers of the few lines that the page begins with."""
+    patched = _patched(_guests(results))
+    run = max(patched, key=lambda one: one["cpus"] == 2)
+    trips = [_ratio(one["c"], "p50", "") for one in patched]
+    races = [one for one in results["stress"]["ran"] if "tickles" in one]
+    outcomes = results["regress"]["outcomes"]
+    met = [_ratio(one["c"], figure, rival) <= bar for one in patched for _, figure, rival, bar in _BARS]
+    driver = [one for run in patched for one in run["python"]["driver"].values() if "at_most" in one]
+    met += [one["ratio"] <= one["at_most"] for one in driver]
+    return {
+        "guest": _cpus(run),
+        "tickle_ns": f"{statistics.median(run['c']['ways'][_TICKLE]['awake_ns']):.0f}",
+        "of_event": f"{_ratio(run['c'], 'awake_ns', 'EVFILT_USER'):.2f}",
+        "of_pipe": f"{_ratio(run['c'], 'awake_ns', 'pipe'):.2f}",
+        "trips": f"{min(trips):.2f} to {max(trips):.2f}",
+        "raced": f"{sum(one['tickles'] for one in races):,}",
+        "accounted": f"{sum(one['rounds'] for one in races):,}",
+        "others": f"{sum(map(len, outcomes['patched'].values())):,}",
+        "differences": str(len(regress.compare(outcomes)) or "no"),
+        "reached": f"{statistics.median(run['c']['returns_for_a_tickle']['of_1_beside_a_poller']):.0%}",
+        "met": f"{sum(met)} of {len(met)}",
+    }
 
 
 def _bars(guests: list[dict[str, Any]]) -> str:

@@ -459,11 +459,26 @@ def test_two_commands_at_once_take_turns_even_if_the_first_is_killed() -> None:
             assert second.wait(PATIENCE_S) == 130
 
 
-def test_space_in_a_path_is_one_line_early(tree: Path, tmp_path: Path) -> None:
-    """NetBSD's make takes none; other characters it does."""
-    spaced = tmp_path / "a source"
-    tree.rename(spaced)
-    done = run("build-kernel", "--source", str(spaced))
+@pytest.mark.parametrize(("name", "odd"), [("a source", "space"), ("a;source", ";"), ("a$source", "$")])
+def test_space_in_a_path_is_one_line_early(tree: Path, tmp_path: Path, name: str, odd: str) -> None:
+    """NetBSD's make takes none, and hands paths to the shell; letters outside ASCII it takes."""
+    strange = tmp_path / name
+    tree.rename(strange)
+    done = run("build-kernel", "--source", str(strange))
     assert done.returncode == 1
-    assert "a source: NetBSD's make takes no space in a path" in one_line(done.stderr)
+    assert f"{name}: NetBSD's make takes no {odd} in a path" in one_line(done.stderr)
     assert not (config.load().cache / "build").exists()
+
+
+@pytest.mark.parametrize("words", ["vm.up --cpus two", "vm.up --cpus -1", "stress --minutes nan"])
+def test_option_that_is_no_number_is_one_line(words: str) -> None:
+    done = run(*words.split())
+    assert done.returncode == 1
+    assert f"{' '.join(words.split()[1:])}: not a number (such as 1)" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize("words", ["--cpus 0", "--cpus 300", "--memory 1"])
+def test_guest_of_no_size_is_one_line(tree: Path, words: str) -> None:
+    done = run("vm.up", "--source", str(tree), "--sets", str(tree), "--python", str(tree), *words.split())
+    assert done.returncode == 1
+    assert "a guest cannot have" in one_line(done.stderr)

@@ -110,6 +110,15 @@ def test_the_page_says_which_bars_are_missed_and_in_which_state(results):
     assert missed in text
 
 
+def test_the_page_begins_with_what_came_of_it(results):
+    begins = " ".join(page.text(results).partition("## The bars")[0].split())
+    assert "a tickle costs 500 ns (guest, 2 CPUs), 0.25 of an EVFILT_USER trigger and 0.42 of" in begins
+    assert "400,692 of them accounted for one by one" in begins
+    assert "1 tests by others, stock beside patched, 1 differences" in begins
+    assert "55% of the tickles reached the sleeper" in begins
+    assert "5 of 6 are met on the patched kernel" in begins
+
+
 def test_the_page_says_when_no_bar_is_missed(results):
     for one in results["bench"]["runs"]:
         one["c"]["floor"]["fioclex_awake_ns"] = [500, 500]

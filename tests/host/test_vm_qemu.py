@@ -291,6 +291,7 @@ def test_guest_starts_from_the_state_of_one_before(
     first = start(ASKING)
     assert "The NetBSD Foundation" in first.console_log.read_text()
     state = the_state(test_kernel)
+    assert state.stat().st_mode & 0o077 == 0, "it holds the guest's memory"
     qemu.down(settings)
     second = start(ASKING)
     assert "The NetBSD Foundation" not in second.console_log.read_text(), "it has not booted"
