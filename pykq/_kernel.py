@@ -172,6 +172,11 @@ class RunningSystem(Kernel):
                     "Linux has no kqueue: run NetBSD, or its kernel as a library: `invoke build-rump`, then"
                     " PYKQ_KERNEL=rump; or install libkqueue"
                 )
+        elif not any(abi.system == system for abi in ABIS):
+            raise KernelUnavailable(
+                f"pykq does not know {system}'s kqueue: run NetBSD, or its kernel as a library:"
+                " `invoke build-rump`, then PYKQ_KERNEL=rump"
+            )
         library = ctypes.CDLL(path, use_errno=True)
         abi = _abi_of("libkqueue" if path else system, release, library)
         super().__init__(library, abi, abi.entry)
@@ -218,13 +223,8 @@ def _abi_of(system: str, release: str, library: ctypes.CDLL, prefix: str = "") -
         newer = system == "FreeBSD" and int(abi.since) > int(release.partition(".")[0])
         if not newer and hasattr(library, prefix + abi.entry.lstrip("_" if prefix else "")):
             return abi
-    if rows:
-        where = library._name or "libc"
-        raise KernelUnavailable(f"{where} has no kevent that pykq knows: {system} {release}")
-    raise KernelUnavailable(
-        f"pykq does not know {system}'s kqueue: run NetBSD, or its kernel as a library: `invoke build-rump`,"
-        " then PYKQ_KERNEL=rump"
-    )
+    where = library._name or "libc"
+    raise KernelUnavailable(f"{where} has no kevent that pykq knows: {system} {release}")
 
 
 _RUMP = "rump___sysimpl_"  # what the names of a rump kernel's system calls begin with

@@ -209,9 +209,15 @@ def _expect_success(
         raise Failure(f"on {connection.host}, {command!r} failed", hint="is its disk full?", tail=problem)
 
 
+def put(connection: Connection, content: bytes, path: str) -> None:
+    """Write a file."""
+    feed(connection, f"cat > {shlex.quote(path)}", content)
+
+
 def fetch(connection: Connection, path: str) -> bytes:
     """Return the content of a file."""
     buffer = io.BytesIO()
+    connection.sftp().get_channel().settimeout(_COPY_WITHIN_S)  # for each piece of it
     connection.get(path, buffer)
     return buffer.getvalue()
 

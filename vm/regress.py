@@ -148,8 +148,8 @@ def _atf_files(sets: Path) -> bytes:
 def _atf(connection: Connection, folder: str, files: bytes) -> Outcomes:
     """Run NetBSD's tests."""
     with step("NetBSD's tests of kqueue"):
-        connection.put(io.BytesIO(files), f"{folder}/atf.tar")
-        connection.put(str(_HERE / "atf.sh"), f"{folder}/atf.sh")
+        guest.put(connection, files, f"{folder}/atf.tar")
+        guest.put(connection, (_HERE / "atf.sh").read_bytes(), f"{folder}/atf.sh")
         command = f"cd {folder} && tar -xpf atf.tar && sh atf.sh"
         return _read(connection.run(command, hide=True, timeout=_WITHIN_S).stdout)
 
@@ -157,7 +157,7 @@ def _atf(connection: Connection, folder: str, files: bytes) -> Outcomes:
 def _cpython(connection: Connection, folder: str, module: str) -> Outcomes:
     """Run one module of CPython's tests."""
     with step(f"CPython's {module}"):
-        connection.put(str(_HERE / "cpython.py"), f"{folder}/cpython.py")
+        guest.put(connection, (_HERE / "cpython.py").read_bytes(), f"{folder}/cpython.py")
         command = f"{guest.python(folder)} cpython.py {module}"
         result = connection.run(command, hide=True, warn=True, timeout=_WITHIN_S)
         found = _read(result.stdout)
@@ -184,7 +184,7 @@ def _libkqueue(connection: Connection, folder: str, program: Path) -> Outcomes:
     """Run libkqueue's tests, each class in a process of its own, which ends with a test that fails."""
     found: Outcomes = {}
     with step("libkqueue's tests"):
-        connection.put(str(program), f"{folder}/libkqueue-test")
+        guest.put(connection, program.read_bytes(), f"{folder}/libkqueue-test")
         connection.run(f"chmod +x {folder}/libkqueue-test", hide=True)
         for name in ("kqueue", "read", "write", "timer", "user", "vnode", "proc", "signal", "threading"):
             command = f"cd {folder} && timeout 200 ./libkqueue-test {name}"

@@ -49,6 +49,14 @@ def test_elsewhere_opening_says_in_one_line_what_to_do():
     assert "\n" not in str(caught.value)
 
 
+def test_a_system_without_a_kqueue_is_told_so_before_its_library_is_looked_for(monkeypatch):
+    """On Windows ctypes.CDLL(None) would be a TypeError."""
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    monkeypatch.setattr(_kernel.ctypes, "CDLL", None)
+    with pytest.raises(pykq.KernelUnavailable, match="pykq does not know Windows's kqueue"):
+        _kernel.RunningSystem()
+
+
 @NO_KQUEUE
 @pytest.mark.parametrize("module", ["pykq", "pykq.demo"])
 def test_elsewhere_the_programs_say_so_too(module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -9,6 +10,8 @@ from contextlib import ExitStack
 import pytest
 
 from vm import config, qemu
+
+STATE_AGE_S = 5.0  # then a clock that was not set is late by more than a test of it allows
 
 
 @pytest.fixture(scope="session")
@@ -20,5 +23,6 @@ def machines() -> Iterator[list[qemu.Machine]]:
             stack.callback(qemu.down, settings, name)
         qemu.up(settings, name=names[0])  # leaves a state, where there is none yet
         qemu.down(settings, names[0])
+        time.sleep(STATE_AGE_S)
         with ThreadPoolExecutor(len(names)) as pool:
             yield list(pool.map(lambda name: qemu.up(settings, name=name), names))
