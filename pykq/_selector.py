@@ -53,10 +53,10 @@ class TickleSelector(selectors.BaseSelector):
             try:
                 self._woken = True  # before the tickle: a select that returns meanwhile takes it back
                 self._kq.tickle()
-            except BaseException:  # Ctrl-C as well, after which another thread may rely on this tickle
-                with contextlib.suppress(OSError, ValueError):
-                    self._kq.tickle()
+            except BaseException:  # Ctrl-C as well
                 self._woken = False
+                with contextlib.suppress(OSError, ValueError):
+                    self._kq.tickle()  # another thread may have relied on it
                 raise
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
