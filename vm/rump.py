@@ -84,6 +84,8 @@ def build_rump(
         if not pending:
             return manifests
         need("clang" if sanitize else "gcc", "ar", "objcopy")
+        if sanitize:
+            sanitizer_environment()
         build_tools(builder)
         with step(f"{' and '.join(pending)} rump kernel, NetBSD {builder.source.version}") as work:
             for variant, (_, texts) in pending.items():
@@ -111,10 +113,14 @@ def sanitizer_environment() -> dict[str, str]:
     """Return the variables with which a Python can load a sanitized rump kernel.
 
     A Python that was not built with AddressSanitizer leaks by its lights.
+    Raises Failure for a clang that came without its sanitizers.
     """
     find = ["clang", "-print-file-name=libclang_rt.asan-x86_64.so"]
+    library = subprocess.run(find, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    if not Path(library).is_absolute():
+        raise Failure("clang has no sanitizers here", hint="apt-get install libclang-rt-dev, or compiler-rt")
     return {
-        "LD_PRELOAD": subprocess.run(find, stdout=subprocess.PIPE, text=True, check=True).stdout.strip(),
+        "LD_PRELOAD": library,
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
