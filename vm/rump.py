@@ -85,7 +85,7 @@ def build_rump(
             return manifests
         need("clang" if sanitize else "gcc", "ar", "objcopy")
         if sanitize:
-            sanitizer_environment()
+            sanitizer_environment()  # for its Failure: they are a package of their own
         build_tools(builder)
         with step(f"{' and '.join(pending)} rump kernel, NetBSD {builder.source.version}") as work:
             for variant, (_, texts) in pending.items():

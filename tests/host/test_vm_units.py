@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vm import archive as vm_archive
-from vm import build, cache, config, doctor, image, log, packages, qemu, run
+from vm import build, cache, config, doctor, image, log, packages, qemu, rump, run
 from vm.log import BuildFailed, Failure
 
 
@@ -314,3 +314,13 @@ def test_another_process_can_be_given_the_same_choices(monkeypatch: pytest.Monke
     for name, value in chosen.environment().items():
         monkeypatch.setenv(name, value)
     assert config.load() == chosen
+
+
+def test_clang_without_its_sanitizers_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It then prints the name that it was asked for, and no path."""
+    clang = tmp_path / "clang"
+    clang.write_text('#!/bin/sh\necho "${1#*=}"\n')
+    clang.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(Failure, match="clang has no sanitizers here"):
+        rump.sanitizer_environment()
