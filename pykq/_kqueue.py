@@ -47,6 +47,10 @@ def _nanoseconds(timeout: float) -> int | None:
     return math.ceil(timeout * 1e9) if timeout <= _FOREVER_S else None
 
 
+def _timespec(nanoseconds: int) -> bytes:
+    return TIMESPEC.pack(*divmod(nanoseconds, 1_000_000_000))
+
+
 class Kqueue(HasIdent):
     """A kqueue: a kernel object that watches many things, and ``kevent`` to wait for what happens to them.
 
@@ -164,7 +168,6 @@ class Kqueue(HasIdent):
         self.kernel.kqueues[fd] = self
         self._fd = fd  # last: from here on __del__ closes it
 
-
     @overload
     def kevent(
         self, changes: Iterable[Kevent] | None = ..., max_events: int = ..., timeout: float | None = ...
@@ -249,8 +252,7 @@ class Kqueue(HasIdent):
         if timeout == 0:
             timespec, deadline_ns = POLL, 0
         elif timeout is not None and (timeout_ns := _nanoseconds(timeout)) is not None:
-            timespec = TIMESPEC.pack(*divmod(timeout_ns, 1_000_000_000))
-            deadline_ns = time.monotonic_ns() + timeout_ns
+            timespec, deadline_ns = _timespec(timeout_ns), time.monotonic_ns() + timeout_ns
         waits, me = self._waits, get_ident()
         try:
             waits.append(me)  # in here, so that no signal handler can raise between it and the removal
@@ -263,6 +265,18 @@ class Kqueue(HasIdent):
             raise Tickled(errno.EINTR, "kevent: interrupted by a tickle")
         self._on_tickle()
         return 0
+
+    def _nap(self, events: Events, timeout: float | None) -> int:
+        """What one call of kevent returns; -1 for whatever reason, a tickle among them."""
+        timespec = None
+        if timeout is not None and (timeout_ns := _nanoseconds(timeout)) is not None:
+            timespec = _timespec(timeout_ns)
+        waits, me = self._waits, get_ident()
+        try:
+            waits.append(me)
+            return self._kevent(self._fd, None, 0, events._reference, events._capacity, timespec)
+        finally:
+            waits.remove(me)
 
     def _sleep(
         self,
@@ -299,7 +313,7 @@ class Kqueue(HasIdent):
                 left_ns = deadline_ns - time.monotonic_ns()
                 if left_ns <= 0:
                     return 0
-                timespec = TIMESPEC.pack(*divmod(left_ns, 1_000_000_000))
+                timespec = _timespec(left_ns)
 
     def _tickle_ended_it(self, waker: Waker) -> bool:
         """After kevent failed: True for a tickle, False for a signal.

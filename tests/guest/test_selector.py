@@ -190,3 +190,42 @@ def test_no_wakeup_is_lost(selector, senders):
             while work:
                 work.popleft()
                 taken += 1
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("timeout", [None, LONG_S])
+def test_signals_end_no_select_and_hide_no_wakeup(selector, quiet_signals, timeout):
+    """Each round wakes it once, and signals come all the while: it ends by the wake-up, and not before.
+
+    Where a signal comes between what a wake-up notes and its tickle, the tickle may end the next as well.
+    """
+    rounds, sent, early = 300, 0, 0
+    stop, turn = threading.Event(), threading.Semaphore(0)
+
+    def storm():
+        while not stop.wait(0.0005):
+            signal.pthread_kill(threading.main_thread().ident, quiet_signals[0])
+
+    def send():
+        nonlocal sent
+        for number in range(rounds):
+            turn.acquire()
+            time.sleep(number % 3 * 0.001)  # signals come before it, or none does
+            sent += 1
+            selector.wakeup()
+
+    threads = [threading.Thread(target=body, daemon=True) for body in (storm, send)]
+    for thread in threads:
+        thread.start()
+    for number in range(1, rounds + 1):
+        turn.release()
+        start = time.monotonic()
+        assert selector.select(timeout) == []
+        while sent < number:
+            early += 1
+            assert selector.select(timeout) == []
+        assert time.monotonic() - start < LONG_S, "one is lost"
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert early < rounds / 30
