@@ -270,16 +270,20 @@ def test_a_handler_may_tickle(kq, once_asleep):
 
 @pytest.mark.stress
 def test_signals_and_tickles_in_a_storm_are_told_apart(kq, handler, watchdog):
-    """Each round sends one tickle, and signals all the while: each round has to end by Tickled."""
+    """Each round sends one tickle, and signals all the while: it ends by Tickled, not before the tickle."""
     stop = threading.Event()
+    sent = 0
 
     def storm():
         while not stop.wait(0.0005):
             signal_the_main_thread()
 
     def tickle_in_turn():
-        for _ in range(200):
+        nonlocal sent
+        for number in range(200):
             turn.acquire()
+            time.sleep(number % 3 * 0.001)  # signals come before it, or none does
+            sent += 1
             kq.tickle()
 
     turn = threading.Semaphore(0)
@@ -289,10 +293,11 @@ def test_signals_and_tickles_in_a_storm_are_told_apart(kq, handler, watchdog):
     ]
     for thread in threads:
         thread.start()
-    for _ in range(200):
+    for number in range(1, 201):
         turn.release()
         with pytest.raises(pykq.Tickled):
             kq.kevent(timeout=LONG_S)
+        assert sent == number
     stop.set()
     for thread in threads:
         thread.join()
