@@ -121,18 +121,22 @@ class Events(Sequence[KeventFields]):
         return self._count
 
     def __iter__(self) -> Iterator[KeventFields]:
-        return iter(self[:])
+        return iter(self._made()[: self._count])
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> KeventFields: ...
     @overload
     def __getitem__(self, index: slice) -> list[KeventFields]: ...
     def __getitem__(self, index: SupportsIndex | slice) -> KeventFields | list[KeventFields]:
+        if isinstance(index, slice):
+            return self._made()[: self._count][index]
+        return self._made()[range(self._count)[index]]
+
+    def _made(self) -> list[KeventFields]:
+        """The views, those of events that are there first."""
         if not self._views:
             self._views = list(self._array)
-        if isinstance(index, slice):
-            return self._views[: self._count][index]
-        return self._views[range(self._count)[index]]
+        return self._views
 
     def copy(self) -> list[Kevent]:
         """The events as objects of their own."""
