@@ -29,7 +29,8 @@ _ATF = re.compile(r"usr/tests/(kernel/kqueue/.*|lib/libc/sys/t_kevent)")
 _CPYTHON = ("test_kqueue", "test_selectors", "test_asyncio.test_events", "test_asyncio.test_selector_events")
 
 # libkqueue's, without the file about libkqueue itself.
-_LIBKQUEUE_LINE = re.compile(r"^\d+: (\w+)\(\)", re.MULTILINE)
+_LIBKQUEUE_LINE = re.compile(r"^(\d+): (\w+)\(\)", re.MULTILINE)
+_LIBKQUEUE_CLASSES = "kqueue socket write timer user vnode proc signal threading"
 _LIBKQUEUE = "common kqueue main test threading read write timer user vnode proc signal"
 
 # The scripts that run in the guest.
@@ -181,20 +182,35 @@ def _build_libkqueue(settings: Settings, source: Path) -> Path:
 
 
 def _libkqueue(connection: Connection, folder: str, program: Path) -> Outcomes:
-    """Run libkqueue's tests, each class in a process of its own, which ends with a test that fails."""
+    """Run libkqueue's tests, each class in processes of its own."""
     found: Outcomes = {}
     with step("libkqueue's tests"):
         guest.put(connection, program.read_bytes(), f"{folder}/libkqueue-test")
         connection.run(f"chmod +x {folder}/libkqueue-test", hide=True)
-        for name in ("kqueue", "read", "write", "timer", "user", "vnode", "proc", "signal", "threading"):
-            command = f"cd {folder} && timeout 200 ./libkqueue-test {name}"
-            result = connection.run(command, hide=True, warn=True, timeout=_WITHIN_S)
-            tests = _LIBKQUEUE_LINE.findall(result.stdout)
-            found |= {f"{name}:{test}": "passed" for test in tests}
-            if result.exited:
-                last = tests[-1] if tests else "start"
-                found[f"{name}:{last}"] = f"failed: {' '.join(result.stderr[-200:].split())}"
+        for name in _LIBKQUEUE_CLASSES.split():
+            first: int | None = 0
+            while first is not None:
+                outcomes, first = _libkqueue_from(connection, folder, name, first)
+                found |= outcomes
     return found
+
+
+def _libkqueue_from(
+    connection: Connection, folder: str, name: str, first: int
+) -> tuple[Outcomes, int | None]:
+    """Run a class from a test on to its end, or to one that fails: that ends the process.
+
+    Return what came of them, and the number of the test to go on with.
+    """
+    command = f"cd {folder} && timeout 200 ./libkqueue-test {name}:{first}-9999"
+    result = connection.run(command, hide=True, warn=True, timeout=_WITHIN_S)
+    tests = _LIBKQUEUE_LINE.findall(result.stdout)
+    found = {f"{name}:{test}": "passed" for _, test in tests}
+    if not result.exited:
+        return found, None
+    number, last = tests[-1] if tests else (first, f"test {first}")
+    found[f"{name}:{last}"] = f"failed: {' '.join(result.stderr[-200:].split())}"
+    return found, int(number) + 1 if tests else None
 
 
 def _read(text: str) -> Outcomes:
