@@ -29,7 +29,8 @@
 
 #define	ROUNDS		1000			/* in an episode */
 #define	UNDISTURBED	10000			/* these cost less */
-#define	BURST		500			/* tickles in a round, at most */
+#define	BURST		16			/* tickles in a round, at most, */
+#define	STORM		500			/* or rarely */
 #define	WAITERS		8			/* at most */
 #define	TICK_NS		INT64_C(10000000)	/* hz is 100 */
 #define	LOST_NS		INT64_C(10000000000)	/* then it is lost */
@@ -38,6 +39,7 @@
 
 /* One chance in so many, for a round or a wait. */
 #define	SENDS_A_BURST	32
+#define	IS_A_STORM	16			/* of bursts */
 #define	IS_DISTURBED	8
 #define	AWAITS_TIMEOUT	256
 #define	DOES_POLL	16
@@ -362,7 +364,7 @@ one_round(uint64_t *state)
 	rounds++;
 	dropped = drop != 0 && rounds % drop == 0;
 	if (roll(state, SENDS_A_BURST) == 0)
-		more = roll(state, BURST);
+		more = roll(state, roll(state, IS_A_STORM) == 0 ? STORM : BURST);
 	if ((what & DISTURBS) && roll(state, IS_DISTURBED) == 0)
 		atomic_store(&disturb, number);
 	spin(delay(state));
