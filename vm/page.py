@@ -91,6 +91,7 @@ def _short(results: dict[str, Any]) -> dict[str, str]:
     trips = [_ratio(one["c"], "p50", "") for one in patched]
     races = [one for one in results["stress"]["ran"] if "tickles" in one]
     outcomes = results["regress"]["outcomes"]
+    differing = regress.compare(outcomes)
     met = [_ratio(one["c"], figure, rival) <= bar for one in patched for _, figure, rival, bar in _BARS]
     driver = [one for run in patched for one in run["python"]["driver"].values() if "at_most" in one]
     met += [one["ratio"] <= one["at_most"] for one in driver]
@@ -103,7 +104,7 @@ def _short(results: dict[str, Any]) -> dict[str, str]:
         "raced": f"{sum(one['tickles'] for one in races):,}",
         "accounted": f"{sum(one['rounds'] for one in races):,}",
         "others": f"{sum(map(len, outcomes['patched'].values())):,}",
-        "differences": str(len(regress.compare(outcomes)) or "no"),
+        "differences": f"{len(differing)} came out differently, see below" if differing else "no difference",
         "reached": f"{statistics.median(run['c']['returns_for_a_tickle']['of_1_beside_a_poller']):.0%}",
         "met": f"{sum(met)} of {len(met)}",
     }
