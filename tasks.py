@@ -300,8 +300,8 @@ def bench(
 @command(
     chosen={name: text for name, text in GUEST.items() if name != "config"},
     help={
-        "rounds": "tickles to be accounted for on the rump kernel (default 6 million), a fourth in"
-        " each guest, a tenth with LOCKDEBUG",
+        "rounds": "tickles to be accounted for on the rump kernel (default 6 million), a tenth in"
+        " each guest, a thirtieth with LOCKDEBUG",
         "minutes": "how long each fuzzer runs (default 5)",
         "resume": "what passed in the last run is not tried again",
     },

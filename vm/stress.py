@@ -24,9 +24,9 @@ from .rump import build_rump, rump_folder
 CPUS = (1, 2, 4)
 DEBUG = "PYKQ_DEBUG"  # vm/kernel
 
-# A round takes some 0.1 ms on a rump kernel, in an emulated guest 0.2 to 0.5 ms, with LOCKDEBUG more.
-_IN_GUEST = 4
-_WITH_LOCKDEBUG = 10
+# A round takes some 0.05 ms on a rump kernel, in an emulated guest 0.3 to 1 ms, with LOCKDEBUG more.
+_IN_GUEST = 10
+_WITH_LOCKDEBUG = 30
 CORPUS = guest.ROOT / "tests" / "c" / "corpus"
 
 # A program that hangs says so itself after a minute or two; this is for one that cannot.
@@ -43,7 +43,7 @@ def run(settings: Settings, *, rounds: int, minutes: float, resume: bool = False
     """Run it all, one after the other; return the JSON file in the cache that says what ran.
 
     rounds is how many tickles are accounted for on the rump kernel (races.c),
-    of which each guest gets a fourth, and the one with LOCKDEBUG a tenth.
+    of which each guest gets a tenth, and the one with LOCKDEBUG a thirtieth.
     minutes is how long each fuzzer runs.  The file is written after each
     attempt; with resume, what the file has of a run that was cut off, or found
     something, is not tried again where it passed, unless a kernel is newer.
