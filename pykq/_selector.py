@@ -41,7 +41,8 @@ class TickleSelector(selectors.BaseSelector):
         self._keys: dict[int, selectors.SelectorKey] = {}
         self._signals: dict[int, Callable[[int], object]] = {}
         self._buffer = self._kq.buffer(64)
-        self._woken = False
+        self._woken = False  # a wake-up is under way
+        self._owed = False  # one that failed is being made up for
 
     def wakeup(self) -> None:
         """End the ``select`` that waits, or else the next one that would wait; it returns what is ready.
@@ -55,7 +56,7 @@ class TickleSelector(selectors.BaseSelector):
                 self._woken = True  # before the tickle: a select that returns meanwhile takes it back
                 self._kq.tickle()
             except BaseException:  # Ctrl-C as well
-                self._woken = False
+                self._woken, self._owed = False, True
                 with contextlib.suppress(OSError, ValueError):
                     self._kq.tickle()  # another thread may have relied on it
                 raise
@@ -70,7 +71,7 @@ class TickleSelector(selectors.BaseSelector):
         try:
             count = self._wait(events, timeout)
         finally:
-            self._woken = False
+            self._woken = self._owed = False
         if count <= 0:
             return []
         events._count = count
@@ -88,7 +89,7 @@ class TickleSelector(selectors.BaseSelector):
     def _wait(self, events: Events, timeout: float | None) -> int:
         """The number of events, 0 or less when there are none: ``Kqueue._wait``, but faster where it sleeps.
 
-        That counts the tickles to tell one from a signal. Here a tickle has set _woken before, so one call of
+        That counts the tickles to tell one from a signal. Here a tickle has set a flag before, so one call of
         kevent does, and of what runs only now and then each line is slow.
         """
         kq = self._kq
@@ -98,9 +99,9 @@ class TickleSelector(selectors.BaseSelector):
             return kq._wait(None, events, timeout)
         began = time.monotonic()
         count = kq._nap(events, timeout)
-        if count < 0 and not self._woken:  # it was a signal, or has failed and will again
+        if count < 0 and not (self._woken or self._owed):  # it was a signal, or has failed and will again
             kq._see_tickles()  # the tickles until now are none of the next wait's; so look again:
-            if not self._woken:
+            if not (self._woken or self._owed):
                 left = None if timeout is None else max(0, timeout - (time.monotonic() - began))
                 count = kq._wait(None, events, left)
         return count

@@ -160,6 +160,25 @@ def test_a_wakeup_that_fails_is_not_taken_for_one_under_way(selector, monkeypatc
     assert time.monotonic() - start < LONG_S
 
 
+def test_what_makes_up_for_a_wakeup_that_fails_ends_a_select(selector, monkeypatch, short_s):
+    """Another thread may have relied on the one that failed."""
+    tickle, failures = selector._kq.tickle, [KeyboardInterrupt]
+
+    def interrupted_once():
+        if failures:
+            raise failures.pop()
+        tickle()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selector._kq, "tickle", interrupted_once)
+        with pytest.raises(KeyboardInterrupt):
+            selector.wakeup()
+    start = time.monotonic()
+    assert selector.select(LONG_S) == []
+    assert time.monotonic() - start < LONG_S
+    assert selector.select(short_s) == []
+
+
 @pytest.mark.stress
 @pytest.mark.parametrize("senders", [1, 4])
 def test_no_wakeup_is_lost(selector, senders):
