@@ -32,12 +32,12 @@ from pykq._abi import TIMESPEC, io
 
 FIOCLEX = io("f", 1)  # sys/filio.h: the least that an ioctl can do
 
-ROUNDS = 10
+ROUNDS = 5
 CALLS = 1000  # of one kind in a round
 BATCH = 50  # of calls in a row: a socket's buffer may hold no more than some hundred writes
-WAKE_UPS = 1000  # of one kind in a round: ten beyond the 99th percentile, and in all rounds beyond p99.9
+WAKE_UPS = 2000  # of one kind in a round: in all rounds ten beyond p99.9
 ENOUGH_FOR_P999 = 10_000
-PROCESSES = 11  # that compare single calls
+PROCESSES = 5  # that compare single calls
 LOOP_WAKE_UPS = 300  # of an event loop in a round, each of which sleeps for a tick of the clock
 EVENTS = 64  # in a busy kqueue
 

@@ -26,8 +26,11 @@ from .rump import build_rump, rump_folder, run_module
 # The guests that are started for a full measurement.
 _GUESTS = (("stock", 2), ("patched", 1), ("patched", 2), ("patched", 4))
 
-_ROUNDS = 20
-_ROUNDS_ON_ONE_CPU = 5  # there most signals come too early, which takes 20 ms each
+# Of each, one after the other: where an emulator happens to put things makes up to a fifth of a figure, the
+# same one in all rounds.
+_GUESTS_OF_EACH = 3
+
+_ROUNDS = 5
 
 # The longest that rivals.c takes, on one emulated processor, is some minutes.
 _WITHIN_S = 900
@@ -36,8 +39,8 @@ _WITHIN_S = 900
 def measure(settings: Settings, *, name: str, full: bool) -> dict[str, Any]:
     """Measure in the guest when it is up and on the patched rump kernel; return what the page is made of.
 
-    With full, in guests of its own, with both kernels, the patched one on 1, 2
-    and 4 processors, and on both rump kernels.
+    With full, in three guests of its own each, with both kernels, the patched
+    one on 1, 2 and 4 processors, and on both rump kernels.
     """
     machine = None if full else qemu.find(settings, name)
     result: dict[str, Any] = {"machine": this_machine(), "runs": []}
@@ -45,7 +48,7 @@ def measure(settings: Settings, *, name: str, full: bool) -> dict[str, Any]:
         settings = resolve(settings)
         build_kernels(settings)
         for variant, cpus in _GUESTS:
-            result["runs"].append(_in_own_guest(settings, variant, cpus))
+            result["runs"].append(_in_own_guests(settings, variant, cpus))
     elif machine is not None:
         result["runs"].append(_in_guest(settings, machine))
     if machine is None or Release(settings).has("source"):
@@ -98,11 +101,32 @@ def title(run: dict[str, Any]) -> str:
     return f"NetBSD {run['netbsd']}, {run['variant']}, {run['where']}, {cpus}"
 
 
-def _in_own_guest(settings: Settings, variant: str, cpus: int) -> dict[str, Any]:
-    """Measure in a guest that is started for it and ended afterwards."""
-    with qemu.fresh(settings, f"bench-{variant}", variant, cpus=cpus) as machine:
-        qemu.pin(machine)
-        return _in_guest(settings, machine)
+def joined(parts: Sequence[Any]) -> Any:
+    """Join what several guests measured: their rounds follow one another, other numbers are medians.
+
+    The percentiles of all of a guest's rounds are no rounds.
+    """
+    first = parts[0]
+    if isinstance(first, dict):
+        result = {key: joined([part[key] for part in parts]) for key in first}
+        if "percentiles" in first:
+            every = zip(*(part["percentiles"] for part in parts), strict=True)
+            result["percentiles"] = [statistics.median(one) for one in every]
+        return result
+    if isinstance(first, list):
+        return [one for part in parts for one in part]
+    return statistics.median(parts) if isinstance(first, int | float) else first
+
+
+def _in_own_guests(settings: Settings, variant: str, cpus: int) -> dict[str, Any]:
+    """Measure in guests that are started for it and ended afterwards."""
+    parts = []
+    for _ in range(_GUESTS_OF_EACH):
+        with qemu.fresh(settings, f"bench-{variant}", variant, cpus=cpus) as machine:
+            qemu.pin(machine)
+            parts.append(_in_guest(settings, machine))
+    result: dict[str, Any] = joined(parts)
+    return result
 
 
 def _in_guest(settings: Settings, machine: qemu.Machine) -> dict[str, Any]:
@@ -111,8 +135,7 @@ def _in_guest(settings: Settings, machine: qemu.Machine) -> dict[str, Any]:
     with guest.connect(machine) as connection, guest.installed(connection, programs) as folder:
         cpus = int(connection.run("sysctl -n hw.ncpu", hide=True).stdout)
         with step(f"rivals in the {machine.variant} guest, {cpus} CPUs"):
-            rounds = _ROUNDS if cpus > 1 else _ROUNDS_ON_ONE_CPU
-            command = f"{folder}/programs/rivals -r {rounds}"
+            command = f"{folder}/programs/rivals -r {_ROUNDS}"
             measured = connection.run(command, hide=True, timeout=_WITHIN_S).stdout
     return {
         "where": f"guest ({machine.accelerator})",

@@ -154,6 +154,18 @@ def test_few_samples_have_no_high_percentile(results):
     assert rivals.delays(results["bench"]["runs"][1]["c"]["ways"]["pipe"])[2:] == ["", ""]
 
 
+def test_what_several_guests_measured_is_joined():
+    parts = [
+        {"netbsd": "10", "ns": [0, number], "all": {"p50": number, "percentiles": [number, 2 * number]}}
+        for number in (3, 1, 2)
+    ]
+    assert rivals.joined(parts) == {
+        "netbsd": "10",
+        "ns": [0, 3, 0, 1, 0, 2],
+        "all": {"p50": 2, "percentiles": [2, 4]},
+    }
+
+
 def test_the_tables_show_a_run_with_and_without_a_tickle(results, capsys):
     for one in results["bench"]["runs"]:
         rivals.show_run(one)
