@@ -39,8 +39,8 @@ _WITHIN_S = 900
 def measure(settings: Settings, *, name: str, full: bool) -> dict[str, Any]:
     """Measure in the guest when it is up and on the patched rump kernel; return what the page is made of.
 
-    With full, in three guests of its own each, with both kernels, the patched
-    one on 1, 2 and 4 processors, and on both rump kernels.
+    With full, in guests of its own, several of each kind, with both kernels,
+    the patched one on 1, 2 and 4 processors, and on both rump kernels.
     """
     machine = None if full else qemu.find(settings, name)
     result: dict[str, Any] = {"machine": this_machine(), "runs": []}
@@ -101,18 +101,16 @@ def title(run: dict[str, Any]) -> str:
     return f"NetBSD {run['netbsd']}, {run['variant']}, {run['where']}, {cpus}"
 
 
-def joined(parts: Sequence[Any]) -> Any:
+def joined(parts: Sequence[Any], key: str = "") -> Any:
     """Join what several guests measured: their rounds follow one another, other numbers are medians.
 
     The percentiles of all of a guest's rounds are no rounds.
     """
     first = parts[0]
     if isinstance(first, dict):
-        result = {key: joined([part[key] for part in parts]) for key in first}
-        if "percentiles" in first:
-            every = zip(*(part["percentiles"] for part in parts), strict=True)
-            result["percentiles"] = [statistics.median(one) for one in every]
-        return result
+        return {key: joined([part[key] for part in parts], key) for key in first}
+    if key == "percentiles":
+        return [statistics.median(one) for one in zip(*parts, strict=True)]
     if isinstance(first, list):
         return [one for part in parts for one in part]
     return statistics.median(parts) if isinstance(first, int | float) else first
